@@ -1,0 +1,577 @@
+"""Step `flow`: run the traced graph once more, on channel ids instead of numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from . import einsum, letters, movement
+from .errors import RuleError
+from .ids import Ids, Layer, Value, compress
+from .letters import DimsUse
+from .pattern import bind
+from .rules import Rules, Use
+from .shuffle import Gather, find_gather, in_order
+
+Mixing = Literal["norms", "all", "none"]
+
+
+@dataclass
+class Flow:
+    """What one run over the graph found.
+
+    ``values``   node -> Value, or a nest of them where a node gives several tensors
+    ``uses``     node -> the dims rule used there, with the sizes of its letters
+    ``rules``    node -> the rule that fired
+    ``unknown``  nodes no rule fits
+    ``mixing``   nodes whose statistics run over channels that may go -> those layers
+    ``gathers``  node -> the shuffle that a gather can take the place of
+    """
+
+    graph: fx.GraphModule
+    ids: Ids = field(default_factory=Ids)
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    uses: dict[fx.Node, DimsUse] = field(default_factory=dict)
+    rules: dict[fx.Node, Use] = field(default_factory=dict)
+    unknown: dict[fx.Node, str] = field(default_factory=dict)
+    mixing: set[fx.Node] = field(default_factory=set)
+    gathers: dict[fx.Node, Gather] = field(default_factory=dict)
+
+
+def flow(graph: fx.GraphModule, rules: Rules, *, mixing: Mixing = "norms") -> Flow:
+    """Which channels each value of the graph carries, what ties them, what freezes them.
+
+    `mixing` says which ops may go on over fewer channels although their statistics then differ
+    from the masked network's: normalisation layers, all, or none.
+    """
+    run = _Run(Flow(graph), rules, mixing)
+    for node in graph.graph.nodes:
+        run.result.values[node] = run.value(node)
+    return run.result
+
+
+class _Run:
+    def __init__(self, result: Flow, rules: Rules, mixing: Mixing):
+        self.result, self.rules, self.mixing = result, rules, mixing
+        self.ids = result.ids
+        self.modules: dict[str, nn.Module] = dict(result.graph.named_modules())
+        self.learned = {name for name, _ in result.graph.named_parameters()}
+        self.aliases: dict[str, str] = result.graph.meta.get("fxprune_aliases", {})
+
+    # -- one node --------------------------------------------------------------------------------
+
+    def value(self, node: fx.Node) -> Any:
+        if node.op == "placeholder":
+            return pytree.tree_map(_plain, node.meta["val"])
+        if node.op == "get_attr":
+            return self.param(node.target, node.meta["val"])
+        if node.op == "output":
+            return self.output(node)
+        if not _has_tensors(node.meta["val"]) and node.target is not setitem:
+            return None
+        return self.call(node)
+
+    def output(self, node: fx.Node) -> None:
+        for value in self.inputs(node):
+            for layer in self.opened(value).layers:
+                self.ids.freeze(node, layer.ids, "reaches the network's output")
+
+    def call(self, node: fx.Node) -> Any:
+        use = self.use(node)
+        if use is not None:
+            handler: Callable = getattr(self, f"do_{use.rule.kind}")
+            try:
+                found = handler(node, use)
+            except RuleError as error:
+                return self.freeze_all(node, f"does not fit {use.rule.where}: {error.fault}")
+            if found is not NotImplemented:
+                self.result.rules[node] = use
+                return found
+        container = self._container(node)
+        return container if container is not None else self.freeze_all(node, "has no rule")
+
+    def use(self, node: fx.Node) -> Use | None:
+        if node.op == "call_module":
+            return self.rules.of_module(type(self.modules[node.target]))
+        if node.op == "call_method":
+            return self.rules.of_method(node.target)
+        if node.target is getattr:
+            return self.rules.of_method(node.args[1])
+        return self.rules.of_function(node.target, (node.args, node.kwargs))
+
+    def _container(self, node: fx.Node) -> Any:
+        """An item of a tuple or dict, or a class that only holds its arguments."""
+        if node.target is getitem and not isinstance(self.result.values.get(node.args[0]), Value):
+            parent = self.result.values.get(node.args[0])
+            return parent[node.args[1]] if parent is not None else None
+        if isinstance(node.target, type) and node.op == "call_function":
+            return [self.opened(v) for v in self.inputs(node)]
+        return None
+
+    def freeze_all(self, node: fx.Node, reason: str) -> Any:
+        self.result.unknown[node] = reason
+        for value in self.inputs(node):
+            for layer in self.opened(value).layers:
+                self.ids.freeze(node, layer.ids, f"reaches {self.title(node)}, which {reason}")
+        return pytree.tree_map(_plain, node.meta["val"])
+
+    def title(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return f"{type(self.modules[node.target]).__name__} {node.target}"
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        return f"{name} at %{node.name}"
+
+    # -- operands --------------------------------------------------------------------------------
+
+    def inputs(self, node: fx.Node) -> list[Value]:
+        found: list[Value] = []
+        for operand in node.all_input_nodes:
+            leaves = pytree.tree_leaves(self.result.values.get(operand), is_leaf=lambda v: isinstance(v, Value))
+            found += [leaf for leaf in leaves if isinstance(leaf, Value)]
+        return found
+
+    def of(self, arg: Any) -> Any:
+        """An argument with its nodes replaced by values (tensors) or numbers."""
+        return _map_nodes(arg, self._of_node)
+
+    def _of_node(self, node: fx.Node) -> Any:
+        value = self.result.values.get(node)
+        return node.meta["val"] if value is None else value
+
+    def concrete(self, arg: Any) -> Any:
+        """An argument with its nodes replaced by what they held while tracing."""
+        return _map_nodes(arg, lambda n: n.meta["val"])
+
+    def bound(self, node: fx.Node, use: Use) -> dict[str, Any]:
+        bound = use.bound(node.args, node.kwargs)
+        if node.op == "call_module":
+            module = self.modules[node.target]
+            for name in (*use.rule.operands, *use.rule.sizes, *use.rule.ranks.values(), *use.rule.at, "dim"):
+                if name not in bound and hasattr(module, name):
+                    bound[name] = getattr(module, name)
+        return bound
+
+    def param(self, name: str, tensor: Any) -> Value | None:
+        if not isinstance(tensor, Tensor):
+            return None
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            return Value(tuple(tensor.shape), weight=True)
+        name = self.aliases.get(name, name)
+        if name not in self.ids.slots:
+            return Value(tuple(tensor.shape), param=name, weight=True)
+        return Value(tuple(tensor.shape), self._layers_of(name, tensor), weight=True)
+
+    def _layers_of(self, name: str, tensor: Tensor) -> tuple[Layer, ...]:
+        layers = []
+        for slot in self.ids.slots[name]:
+            shape = [1] * tensor.ndim
+            shape[slot.dim] = tensor.shape[slot.dim]
+            ids = slot.ids
+            if ids.ndim == 2:
+                shape[0] = tensor.shape[0]
+                ids = ids.repeat_interleave(tensor.shape[0] // ids.shape[0], 0)
+            layers.append(Layer(ids.reshape(shape), True))
+        return tuple(layers)
+
+    def opened(self, value: Value) -> Value:
+        """A parameter no rule has read gets channels of its own along each dim."""
+        if value.param is None:
+            return value
+        name = value.param
+        if name not in self.ids.slots:
+            for d, size in enumerate(value.shape):
+                if size > 1:
+                    self.ids.slot(name, d, self.ids.fresh(size), "free", None)
+        tensor = torch.empty(value.shape, device="meta")
+        return Value(value.shape, self._layers_of(name, tensor) if name in self.ids.slots else (), weight=True)
+
+    def operand(self, node: fx.Node, bound: dict[str, Any], name: str) -> Value | None:
+        """One operand of a dims rule: an argument, or a parameter of the module."""
+        found = bound.get(name)
+        if isinstance(found, fx.Node):
+            found = self.result.values[found]
+            return self.param(found.param, node_tensor(found)) if isinstance(found, Value) and found.param else found
+        if isinstance(found, Tensor) and node.op == "call_module":
+            return self.param(f"{node.target}.{name}", found)
+        return None
+
+    # -- kinds -----------------------------------------------------------------------------------
+
+    def do_plain(self, node: fx.Node, use: Use) -> Any:
+        return pytree.tree_map(_plain, node.meta["val"])
+
+    def do_fill(self, node: fx.Node, use: Use) -> Value:
+        shape = tuple(node.meta["val"].shape)
+        layers = []
+        for d, size in enumerate(shape):
+            if size > 1:
+                dims = [1] * len(shape)
+                dims[d] = size
+                layers.append(Layer(self.ids.fresh(size).view(dims), use.rule.zero == "keeps"))
+        return Value(shape, tuple(layers))
+
+    def do_dims(self, node: fx.Node, use: Use) -> Any:
+        rule, bound = use.rule, self.bound(node, use)
+        values = [self.operand(node, bound, name) for name in rule.operands]
+        return self.run_letters(node, use, rule.pattern, values, bound)
+
+    def do_einsum(self, node: fx.Node, use: Use) -> Any:
+        bound = use.bound(node.args, node.kwargs)
+        values = [self.operand(node, {"x": v}, "x") for v in bound["operands"]]
+        shapes = [v.shape for v in values if v is not None]
+        return self.run_letters(node, use, einsum.of_equation(bound["equation"], shapes), values, {})
+
+    def do_matmul(self, node: fx.Node, use: Use) -> Any:
+        bound = use.bound(node.args, node.kwargs)
+        values = [self.operand(node, bound, name) for name in use.rule.operands]
+        if any(v is None for v in values):
+            return NotImplemented
+        ranks = [len(v.shape) for v in values if v is not None]
+        return self.run_letters(node, use, einsum.of_matmul(*ranks), values, {})
+
+    def run_letters(self, node: fx.Node, use: Use, pattern, values: list[Value | None], bound: dict[str, Any]) -> Any:
+        outputs = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+        sizes = {text: self.concrete(bound[key]) for key, text in use.rule.sizes.items()
+                 if key in bound and len(text.split()) == 1 and not text.startswith("*")}  # fmt: skip
+        ranks = {letter: len(self.concrete(bound[key])) for letter, key in use.rule.ranks.items() if key in bound}
+        ranks |= self._ranks_at(use, bound, values)
+        shapes = [None if v is None else v.shape for v in values]
+        fixed = {**use.rule.fixed, **sizes}
+        binding = bind(pattern, shapes, tuple(outputs[0].shape), sizes=fixed, ranks=ranks)
+        values = [self._if_raw(v) for v in values]
+        layers, done, mixed = letters.flow(self.ids, node, use.rule, binding, values, self.learned)
+        if mixed:
+            self.mixes(node, [n.ids for n in mixed], "norms" if use.rule.norm else "all")
+        self.result.uses[node] = done
+        weight = all(v.weight for v in values if v is not None)
+        return pytree.tree_map(lambda t: self._dims_output(t, outputs[0], layers, weight), node.meta["val"])
+
+    def _if_raw(self, value: Value | None) -> Value | None:
+        return self.opened(value) if value is not None and value.param in self.ids.slots else value
+
+    def _ranks_at(self, use: Use, bound: dict[str, Any], values) -> dict[str, int]:
+        ranks = {}
+        for key, letter in use.rule.at.items():
+            rank = len(values[0].shape)
+            dim = self.concrete(bound.get(key, -1)) % rank
+            before = use.rule.pattern.inputs[0].terms[0].atoms[0].letter
+            ranks[before] = dim
+        return ranks
+
+    def _dims_output(self, tensor: Any, first: Tensor, layers: list[Layer], weight: bool) -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        fitting = tuple(layer for layer in layers if _broadcasts(layer.ids.shape, tensor.shape))
+        return self.made(tuple(tensor.shape), fitting if tensor.ndim == first.ndim else (), weight)
+
+    def made(self, shape: tuple[int, ...], layers: Sequence[Layer], weight: bool = False) -> Value:
+        return Value(shape, tuple(layer for layer in layers if layer.varying), weight=weight)
+
+    def mixes(self, node: fx.Node, ids: list[Tensor], needs: str) -> None:
+        if self.mixing == "all" or self.mixing == needs:
+            self.result.mixing.add(node)
+            return
+        for each in ids:
+            self.ids.freeze(node, each, f"{self.title(node)} mixes channels (mixing={self.mixing!r})")
+
+    def do_pointwise(self, node: fx.Node, use: Use) -> Any:
+        leaves = pytree.tree_leaves(node.meta["val"])
+        shape = tuple(leaves[0].shape)
+        layers, weight = self.meet(node, self.tensors(node), shape, use)
+        value = self.made(shape, layers, weight)
+        return pytree.tree_map(lambda _: value, node.meta["val"])
+
+    def tensors(self, node: fx.Node) -> list[Value]:
+        flat = pytree.tree_leaves((node.args, node.kwargs))
+        found = [self.result.values.get(arg) for arg in flat if isinstance(arg, fx.Node)]
+        return [self.opened(v) for v in found if isinstance(v, Value)]
+
+    def meet(self, node: fx.Node, values: list[Value], shape: tuple[int, ...], use: Use) -> tuple[list[Layer], bool]:
+        """Broadcast values against each other: what meets is tied, or frozen by what has no channels."""
+        laid = [[_lift(layer, len(shape)) for layer in v.layers] for v in values]
+        merged: list[Layer] = []
+        for layers in laid:
+            for layer in layers:
+                self._merge(node, merged, layer)
+        for value, layers in zip(values, laid, strict=True):
+            real = {d + len(shape) - len(value.shape) for d, size in enumerate(value.shape) if size > 1}
+            covered = [set(layer.varying) for layer in layers]
+            for layer in merged:
+                dims = set(layer.varying)
+                if dims & real and not any(dims & c for c in covered):
+                    self.ids.freeze(node, layer.ids, f"meets a constant or an input at %{node.name}")
+        zero = self._zero(node, use, values, laid)
+        out = [Layer(m.ids, any(set(m.varying) & z for z in zero), m.origin) for m in merged]
+        return out, bool(values) and all(v.weight for v in values)
+
+    def _merge(self, node: fx.Node, merged: list[Layer], layer: Layer) -> None:
+        for i, other in enumerate(merged):
+            if set(other.varying) & set(layer.varying):
+                self.ids.tie(node, other.ids, layer.ids)
+                if len(layer.varying) > len(other.varying):
+                    merged[i] = layer
+                return
+        merged.append(layer)
+
+    def _zero(self, node: fx.Node, use: Use, values: list[Value], laid: list[list[Layer]]) -> list[set[int]]:
+        """The sets of dims whose masked channels are zero in the result."""
+        if use.rule.zero == "no":
+            return []
+        per = [[set(layer.varying) for layer in layers if layer.zero] for layers in laid]
+        if use.rule.zero == "any":
+            chosen = per[: len(use.rule.operands) or None]
+            return [dims for dims_list in chosen for dims in dims_list]
+        scalars = [a for a in node.args[: len(use.rule.operands)] if isinstance(a, (int, float)) and a != 0]
+        if scalars or not per:
+            return []
+        return [dims for dims in per[0] if all(any(dims & other for other in o) for o in per[1:])]
+
+    def do_reduce(self, node: fx.Node, use: Use) -> Any:
+        bound = self.bound(node, use)
+        dim = bound.get("dim")
+        if isinstance(dim, fx.Node) and isinstance(dim.meta["val"], Tensor):
+            return self.do_pointwise(node, use)
+        values = self.tensors(node)
+        shape = _joint_shape(values)
+        layers, weight = self.meet(node, values, shape, use) if len(values) > 1 else (
+            list(values[0].layers), values[0].weight)  # fmt: skip
+        dims = self._reduced(self.concrete(dim), len(shape))
+        layers = [r for layer in layers if (r := self._reduce(node, use, layer, dims, weight)) is not None]
+        return pytree.tree_map(lambda t: self._reduced_value(t, shape, layers, dims, weight), node.meta["val"])
+
+    def _reduced(self, dim: Any, rank: int) -> set[int]:
+        if dim is None or dim == () or dim == []:
+            return set(range(rank))
+        return {d % rank for d in ((dim,) if isinstance(dim, int) else dim)}
+
+    def _reduce(self, node: fx.Node, use: Use, layer: Layer, dims: set[int], weight: bool) -> Layer | None:
+        gone = set(layer.varying) & dims
+        if not gone:
+            return layer
+        rest = set(layer.varying) - dims
+        if rest:  # whole runs along the reduced dims come and go with each channel of the rest
+            ids = layer.ids
+            for d in gone:
+                ids = ids.narrow(d, 0, 1)
+            self.ids.tie(node, layer.ids, ids)
+            return Layer(ids, layer.zero)
+        if not (use.rule.additive and layer.zero):
+            self.mixes(node, [layer.ids], "norms" if weight else "all")
+        return layer if use.rule.keeps_dims else None
+
+    def _reduced_value(self, tensor: Any, shape: tuple[int, ...], layers: list[Layer], dims: set[int], weight: bool):
+        if not isinstance(tensor, Tensor):
+            return tensor
+        if tensor.ndim == len(shape):
+            return self.made(tuple(tensor.shape), layers, weight)
+        kept = [d for d in range(len(shape)) if d not in dims]
+        moved = [Layer(la.ids.reshape([la.ids.shape[d] for d in kept]), la.zero, la.origin) for la in layers]
+        return self.made(tuple(tensor.shape), moved, weight)
+
+    def do_reshape(self, node: fx.Node, use: Use) -> Value:
+        value = self.first(node)
+        shape = tuple(node.meta["val"].shape)
+        layers = [self._reshaped(node, layer, value.shape, shape) for layer in value.layers]
+        return self.made(shape, layers, value.weight)
+
+    def _reshaped(self, node: fx.Node, layer: Layer, old: tuple[int, ...], new: tuple[int, ...]) -> Layer:
+        ids = movement.reshape(layer.ids, old, new)
+        before, after = len(layer.varying), len(Layer(ids).varying)
+        if after > 1 and (layer.origin is None or after > before):
+            self.ids.split(node, ids)
+            return Layer(ids, layer.zero, ids.squeeze())
+        if layer.origin is None or after >= before:
+            return Layer(ids, layer.zero, layer.origin)
+        if not in_order(layer.ids, layer.origin):
+            self._shuffled(node, layer)
+        return Layer(ids, layer.zero, layer.origin if after > 1 else None)
+
+    def _shuffled(self, node: fx.Node, layer: Layer) -> None:
+        """Channels leave in another order than they came: gather them, or keep the same of each block."""
+        gather = find_gather(node, self.result.values, lambda n, x, s: self.rerun(n, x, s))
+        if gather is None:
+            rows = layer.origin.reshape(-1, layer.origin.shape[-1])  # type: ignore[union-attr]
+            self.ids.tie(node, rows, rows[:1])
+            return
+        self.result.gathers[node] = gather
+        for inner in gather.inside:
+            self.ids.splits.pop(inner, None)
+
+    def first(self, node: fx.Node) -> Value:
+        value = self.result.values.get(node.args[0]) if node.args else None
+        if not isinstance(value, Value):
+            value = next(v for v in self.inputs(node))
+        return self.opened(value)
+
+    def rerun(self, node: fx.Node, ids: Tensor, shape: Sequence[int]) -> list[Tensor] | None:
+        """The ids a movement makes of `ids` on a value of `shape`."""
+        outputs = [tuple(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+        if self.result.rules.get(node, self.use(node)).rule.kind == "reshape":  # type: ignore[union-attr]
+            return [movement.reshape(ids, shape, outputs[0])]
+        return movement.move(ids, shape, lambda x: self.execute(node, x), outputs)
+
+    def execute(self, node: fx.Node, ids: Tensor) -> Any:
+        if node.op == "call_module":
+            return self.modules[node.target](ids)
+        args, kwargs = self.concrete(node.args[1:]), self.concrete(dict(node.kwargs))
+        if node.op == "call_method":
+            return getattr(ids, node.target)(*args, **kwargs)
+        return node.target(ids, *args, **kwargs)  # type: ignore[operator]
+
+    def do_move(self, node: fx.Node, use: Use) -> Any:
+        if node.args and not isinstance(self.result.values.get(node.args[0]), Value):
+            return NotImplemented
+        value = self.first(node)
+        if any(isinstance(t, Tensor) and t.is_meta for t in pytree.tree_leaves(self.concrete(node.args[1:]))):
+            return self.freeze_all(node, "picks elements by computed positions")
+        outputs = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+        per_output: list[list[Layer]] = [[] for _ in outputs]
+        for layer in value.layers:
+            found = self.rerun(node, layer.ids, value.shape)
+            if found is None:
+                return self.freeze_all(node, "could not be run on channel ids")
+            for i, ids in enumerate(found):
+                per_output[i].append(self._moved(node, layer, ids))
+        made = [self.made(tuple(t.shape), ls, value.weight) for t, ls in zip(outputs, per_output, strict=True)]
+        return made if isinstance(node.meta["val"], (tuple, list)) else made[0]
+
+    def _moved(self, node: fx.Node, layer: Layer, ids: Tensor) -> Layer:
+        moved = Layer(ids, layer.zero, layer.origin)
+        if not moved.varying:
+            self.ids.freeze(node, ids, f"is picked alone by %{node.name}")
+        elif len(moved.varying) == 1:
+            self.ids.pieces.append(ids.reshape(-1))
+        if len(moved.varying) > 1 and layer.origin is None and len(moved.varying) > len(layer.varying):
+            self.ids.split(node, ids)
+            moved = Layer(ids, layer.zero, ids.squeeze())
+        return moved
+
+    def do_assign(self, node: fx.Node, use: Use) -> None:
+        target, given = self.opened(self.result.values[node.args[0]]), self.result.values.get(node.args[2])
+        index = self.concrete(node.args[1])
+        for layer in target.layers:
+            try:
+                part = layer.ids.expand(target.shape)[index]
+            except (RuntimeError, IndexError, TypeError):
+                part = None
+            whole = part is not None and part.numel() and len(layer.varying) == 1
+            shape = tuple(part.shape) if part is not None else ()
+            source = self.opened(given) if isinstance(given, Value) else Value(())
+            if not whole or len(torch.unique(part)) != layer.ids.numel():
+                self.ids.freeze(node, layer.ids, f"is assigned to in part at %{node.name}")
+                for other in source.layers:
+                    self.ids.freeze(node, other.ids, f"is assigned at %{node.name}")
+                continue
+            kept = compress(part, range(part.ndim))
+            self.meet(node, [Value(shape, (Layer(kept),)), source], shape, use)
+        if not target.layers and isinstance(given, Value):
+            for other in self.opened(given).layers:
+                self.ids.freeze(node, other.ids, f"is assigned at %{node.name}")
+
+    def do_cat(self, node: fx.Node, use: Use) -> Any:
+        bound = use.bound(node.args, node.kwargs)
+        tensors = bound["tensors"]
+        if isinstance(tensors, fx.Node):
+            tensors = self.result.values[tensors]
+        shape = tuple(node.meta["val"].shape)
+        dim = self.concrete(bound.get("dim", 0)) % len(shape)
+        values = [self.opened(v if isinstance(v, Value) else self.result.values[v]) for v in tensors]
+        values = [v for v in values if len(v.shape) == len(shape) - use.rule.new_dim]
+        if use.rule.new_dim:
+            values = [_unsqueezed(v, dim) for v in values]
+        layers = [*self._across(node, values, dim), *self._joined(values, dim, use)]
+        return self.made(shape, layers, all(v.weight for v in values))
+
+    def _across(self, node: fx.Node, values: list[Value], dim: int) -> list[Layer]:
+        """Layers that do not vary along the joined dim: the pieces share those channels."""
+        merged: list[Layer] = []
+        flat = [[layer for layer in v.layers if dim not in layer.varying] for v in values]
+        for layers in flat:
+            for layer in layers:
+                self._merge(node, merged, layer)
+        for layer in merged:
+            dims = set(layer.varying)
+            if any(not any(dims & set(la.varying) for la in layers) for layers in flat):
+                self.ids.freeze(node, layer.ids, f"is joined at %{node.name} with what has no channels")
+        return [Layer(la.ids, all(any(o.zero for o in ls) for ls in flat), la.origin) for la in merged]
+
+    def _joined(self, values: list[Value], dim: int, use: Use) -> list[Layer]:
+        pieces = [next((layer for layer in v.layers if dim in layer.varying), None) for v in values]
+        present = [p for p in pieces if p is not None]
+        if not present:
+            return []
+        ids = movement.join([p.ids if p else None for p in pieces], [v.shape[dim] for v in values], dim)
+        origin = ids.squeeze() if any(len(p.varying) > 1 for p in present) else None
+        return [Layer(ids, all(p.zero for p in present), origin)]
+
+    def do_pad(self, node: fx.Node, use: Use) -> Any:
+        bound = use.bound(node.args, node.kwargs)
+        value, pads = self.first(node), list(self.concrete(bound["pad"]))
+        constant = bound.get("mode", "constant") == "constant"
+        clean = not constant or not bound.get("value")
+        layers = []
+        for layer in value.layers:
+            last = len(value.shape) - 1
+            touched = {last - i // 2 for i, amount in enumerate(pads) if amount}
+            if not touched & set(layer.varying):
+                layers.append(Layer(layer.ids, layer.zero and clean, layer.origin))
+            elif constant and len(layer.varying) == 1:
+                layers.append(Layer(self._padded(layer, pads), layer.zero and clean))
+            else:
+                self.ids.freeze(node, layer.ids, f"is padded with copies at %{node.name}")
+        return self.made(tuple(node.meta["val"].shape), layers, value.weight)
+
+    def _padded(self, layer: Layer, pads: list[int]) -> Tensor:
+        """Channels of padding are new ones: they may go when what they meet goes."""
+        dim, rank = layer.varying[0], layer.ids.ndim
+        at = 2 * (rank - 1 - dim)
+        only = [0] * at + pads[at : at + 2]
+        ids = torch.nn.functional.pad(layer.ids, only)
+        empty = ids == 0
+        ids[empty] = self.ids.fresh(int(empty.sum()))
+        return ids
+
+
+import operator  # noqa: E402
+
+getitem, setitem = operator.getitem, operator.setitem
+
+
+def node_tensor(value: Value) -> Tensor:
+    return torch.empty(value.shape, device="meta")
+
+
+def _map_nodes(arg: Any, fn: Callable[[fx.Node], Any]) -> Any:
+    return fx.node.map_aggregate(arg, lambda a: fn(a) if isinstance(a, fx.Node) else a)
+
+
+def _plain(value: Any) -> Any:
+    return Value(tuple(value.shape)) if isinstance(value, Tensor) else value
+
+
+def _has_tensors(value: Any) -> bool:
+    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(value))
+
+
+def _broadcasts(small: Sequence[int], shape: Sequence[int]) -> bool:
+    return len(small) == len(shape) and all(a in (1, b) for a, b in zip(small, shape, strict=True))
+
+
+def _lift(layer: Layer, rank: int) -> Layer:
+    ids = layer.ids
+    return Layer(ids.reshape([1] * (rank - ids.ndim) + list(ids.shape)), layer.zero, layer.origin)
+
+
+def _joint_shape(values: list[Value]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*(v.shape for v in values)))
+
+
+def _unsqueezed(value: Value, dim: int) -> Value:
+    shape = (*value.shape[:dim], 1, *value.shape[dim:])
+    layers = tuple(Layer(la.ids.unsqueeze(dim), la.zero, la.origin) for la in value.layers)
+    return Value(shape, layers, weight=value.weight)

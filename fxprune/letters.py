@@ -1,0 +1,320 @@
+"""How ids pass an op whose rule is a line of letters.
+
+A letter in two inputs and not in the output is contracted (tied), one in an input and the output is
+tied through, one only in a weight and the output makes new channels, one in a single input only is
+a window (never shrinks). The roles follow from where a letter stands; no op is named here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from .ids import Ids, Layer, Value
+from .pattern import Binding
+from .rules import Rule
+
+Dims = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Named:
+    """Ids over letters instead of dims; only letters along which they may vary."""
+
+    letters: tuple[str, ...]
+    ids: Tensor
+    zero: bool = True
+    origin: Tensor | None = None
+
+    def over(self, letters: Sequence[str]) -> Tensor:
+        """The ids with one axis a letter of `letters`, in that order, size 1 for the others."""
+        order = [self.letters.index(letter) for letter in letters if letter in self.letters]
+        ids = self.ids.permute(order)
+        for axis, letter in enumerate(letters):
+            if letter not in self.letters:
+                ids = ids.unsqueeze(axis)
+        return ids
+
+
+@dataclass
+class DimsUse:
+    """What a dims rule did at one node; the rewriter reads the new sizes of letters from it."""
+
+    rule: Rule
+    binding: Binding
+    layers: list[Named] = field(default_factory=list)
+    params: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class _Call:
+    ids: Ids
+    node: fx.Node
+    rule: Rule
+    binding: Binding
+    values: list[Value | None]
+    learned: set[str]
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        return self.binding.sizes
+
+    def real(self, i: int) -> set[str]:
+        """Letters of operand `i` with more than one element there."""
+        dims = self.binding.inputs[i] or ()
+        return {letter for names in dims for letter in names if self.sizes[letter] > 1}
+
+    @property
+    def out(self) -> set[str]:
+        return {letter for names in self.binding.output for letter in names if self.sizes[letter] > 1}
+
+    def is_raw(self, i: int) -> bool:
+        value = self.values[i]
+        return value is not None and value.param is not None
+
+
+def flow(
+    ids: Ids, node: fx.Node, rule: Rule, binding: Binding, values: list[Value | None], learned: set[str]
+) -> tuple[list[Layer], DimsUse, list[Named]]:
+    """Run a dims rule: bind parameters, tie, and return the output's layers.
+
+    `learned` are the names of parameters (not buffers). The last item holds the layers that are
+    mixed by a normalisation, for the caller's policy to judge.
+    """
+    call = _Call(ids, node, rule, binding, values, learned)
+    layers = {i: _named_layers(call, i) for i in range(len(call.values)) if not call.is_raw(i)}
+    layers = {i: _without_windows(call, i, found) for i, found in layers.items()}
+    layers = _blocks_as_wholes(call, layers)
+    _tie_operands(call, layers)
+    merged = _merged(found for per in layers.values() for found in per)
+    merged = _bind_params(call, merged)
+    made = _make_channels(call)
+    mixed: list[Named] = []
+    out = [layer for layer in (_passed(call, named, mixed) for named in [*merged, *made]) if layer]
+    use = DimsUse(call.rule, call.binding, [*merged, *made])
+    for name, value in zip(call.rule.operands, call.values, strict=False):
+        if value is not None and value.param is not None:
+            use.params[name] = value.param
+    return out, use, mixed
+
+
+def _named_layers(call: _Call, i: int) -> list[Named]:
+    value, dims = call.values[i], call.binding.inputs[i]
+    if value is None or dims is None:
+        return []
+    return [named for layer in value.layers if (named := _named(call, layer, dims)).letters]
+
+
+def _named(call: _Call, layer: Layer, dims: Dims) -> Named:
+    letters: list[str] = []
+    for names, size in zip(dims, layer.ids.shape, strict=True):
+        if size > 1:
+            split = [name for name in names if call.sizes[name] > 1]
+            if len(split) > 1:
+                call.ids.split(call.node, _split_axis(layer.ids, dims, call.sizes))
+            letters += split
+    shape = [call.sizes[letter] for letter in letters]
+    return Named(tuple(letters), layer.ids.reshape(shape), layer.zero, layer.origin)
+
+
+def _split_axis(ids: Tensor, dims: Dims, sizes: Mapping[str, int]) -> Tensor:
+    shape = [sizes[n] for names, size in zip(dims, ids.shape, strict=True) if size > 1 for n in names if sizes[n] > 1]
+    return ids.reshape(shape)
+
+
+def _along(call: _Call, named: Named, gone: Iterable[str]) -> Named:
+    """Tie along the letters `gone`, and forget them."""
+    gone = [letter for letter in gone if letter in named.letters]
+    if not gone:
+        return named
+    ids = named.ids
+    for letter in gone:
+        ids = ids.narrow(named.letters.index(letter), 0, 1)
+    call.ids.tie(call.node, named.ids, ids)
+    rest = tuple(letter for letter in named.letters if letter not in gone)
+    return Named(rest, ids.reshape([call.sizes[letter] for letter in rest]), named.zero)
+
+
+def _without_windows(call: _Call, i: int, layers: list[Named]) -> list[Named]:
+    others = {letter for j in range(len(call.values)) if j != i for letter in call.real(j)}
+    windows = call.real(i) - others - call.out
+    kept = []
+    for named in layers:
+        if set(named.letters) <= windows:
+            call.ids.freeze(call.node, named.ids, "is read by position, as in a window")
+        else:
+            kept.append(_along(call, named, windows))
+    return kept
+
+
+def _made_letters(call: _Call) -> list[tuple[list[str], list[str]]]:
+    """For each output dim that weights make: letters passed on from other operands, letters made."""
+    raw = {letter for i in range(len(call.values)) if call.is_raw(i) for letter in call.real(i)}
+    given = {letter for i in range(len(call.values)) if not call.is_raw(i) for letter in call.real(i)}
+    found = []
+    for names in call.binding.output:
+        made = [n for n in names if n in raw - given]
+        if made:
+            found.append(([n for n in names if n in given], made))
+    return found
+
+
+def _blocks_as_wholes(call: _Call, layers: dict[int, list[Named]]) -> dict[int, list[Named]]:
+    """Blocks of one channel on either side (depthwise convolutions) come and go whole."""
+    for names in call.binding.output:
+        for i, found in layers.items():
+            passed = [n for n in names if n in call.real(i)]
+            if len(names) > 1 and passed:
+                inner = _beside(call, i, passed[0])
+                rest = [n for n in names if n not in passed]
+                if math.prod(call.sizes[n] for n in rest) == 1 and inner - call.out:
+                    layers = {**layers, i: [_along(call, named, inner - call.out) for named in found]}
+    return layers
+
+
+def _beside(call: _Call, i: int, letter: str) -> set[str]:
+    dims = call.binding.inputs[i] or ()
+    return {n for names in dims if letter in names for n in names if n != letter and call.sizes[n] > 1}
+
+
+def _matches(a: Named, b: Named) -> bool:
+    return set(a.letters) <= set(b.letters) or set(b.letters) <= set(a.letters)
+
+
+def _tie(call: _Call, a: Named, b: Named) -> None:
+    letters = [*a.letters, *(letter for letter in b.letters if letter not in a.letters)]
+    call.ids.tie(call.node, a.over(letters), b.over(letters))
+
+
+def _tie_operands(call: _Call, layers: dict[int, list[Named]]) -> None:
+    for i, found in layers.items():
+        for named in found:
+            contracted = set(named.letters) - call.out
+            for j, others in layers.items():
+                if j == i or call.values[j] is None:
+                    continue
+                matching = [other for other in others if _matches(named, other)]
+                meets = set(named.letters) <= call.real(j) or (contracted and contracted <= call.real(j))
+                if matching and j > i:
+                    _tie(call, named, matching[0])
+                elif not matching and meets:
+                    call.ids.freeze(call.node, named.ids, _meets(call, j))
+
+
+def _meets(call: _Call, j: int) -> str:
+    name = call.rule.operands[j] if j < len(call.rule.operands) else "an operand"
+    return f"meets `{name}`, which has no channels that can go"
+
+
+def _merged(layers: Iterable[Named]) -> list[Named]:
+    """One layer for those tied to each other: the one over the most letters."""
+    merged: list[Named] = []
+    for named in layers:
+        same = next((i for i, other in enumerate(merged) if _matches(named, other)), None)
+        if same is None:
+            merged.append(named)
+        else:
+            wide = max(merged[same], named, key=lambda n: len(n.letters))
+            merged[same] = Named(wide.letters, wide.ids, merged[same].zero or named.zero, wide.origin)
+    return merged
+
+
+def _bind_params(call: _Call, layers: list[Named]) -> list[Named]:
+    """Give each parameter no rule has read yet the ids of what it meets."""
+    for i in range(len(call.values)):
+        if not call.is_raw(i):
+            continue
+        for k, named in enumerate(layers):
+            contracted = set(named.letters) - call.out
+            shared = set(named.letters) & call.real(i)
+            if shared and contracted <= call.real(i):
+                layers[k] = named = _along(call, named, set(named.letters) - call.real(i))
+                _bind(call, i, named, "in" if contracted else "through")
+    return layers
+
+
+def _bind(call: _Call, i: int, named: Named, role) -> None:
+    value, dims = call.values[i], call.binding.inputs[i]
+    assert value is not None and value.param is not None and dims is not None
+    if call.rule.scales == call.rule.operands[i]:
+        role = "scale"
+    homes = [d for d, names in enumerate(dims) if set(names) & set(named.letters)]
+    dim = next((d for d in homes if set(named.letters) <= set(dims[d])), homes[-1])
+    own = [n for n in dims[dim] if call.sizes[n] > 1]
+    block = [n for n in named.letters if n not in own]
+    letters = [*block, *own]
+    shape = [call.sizes[n] for n in letters]
+    ids = named.over(letters).expand(shape)
+    if block:
+        leads = len(block) == 1 and dim != 0 and dims[0] and dims[0][0] == block[0]
+        if not leads:
+            named = _along(call, named, block)
+            return _bind(call, i, named, role)
+        ids = ids.reshape(call.sizes[block[0]], -1)
+    else:
+        ids = ids.reshape(-1)
+    call.ids.slot(value.param, dim, ids, role, call.node)
+
+
+def _make_channels(call: _Call) -> list[Named]:
+    made_layers = []
+    for passed, made in _made_letters(call):
+        inner = {n for i in range(len(call.values)) if not call.is_raw(i) for p in passed for n in _beside(call, i, p)}
+        if passed and not inner:
+            continue  # depthwise with a multiplier: the outputs of a block are bound to its input
+        letters = (*passed, *made)
+        named = Named(letters, call.ids.fresh(*(call.sizes[n] for n in letters)))
+        if len(letters) > 1:
+            call.ids.split(call.node, named.ids)
+        for i in range(len(call.values)):
+            if call.is_raw(i) and set(made) <= call.real(i):
+                _bind(call, i, named, "out")
+        made_layers.append(named)
+    return made_layers
+
+
+def _passed(call: _Call, named: Named, mixed: list[Named]) -> Layer | None:
+    letters = set(named.letters)
+    raws = [i for i in range(len(call.values)) if call.is_raw(i)]
+    mixes = {m.lstrip("*") for m in call.rule.mixes}
+    if any(letter.rstrip("0123456789") in mixes or letter in mixes for letter in letters):
+        mixed.append(named)
+    if not letters <= call.out:
+        weighed = any(letters - call.out <= call.real(i) for i in raws)
+        if not weighed and not named.zero and not any(v is not None and v.weight for v in call.values):
+            call.ids.freeze(call.node, named.ids, "is summed over channels that masking does not make zero")
+        return None
+    learned = any(letters <= call.real(i) and call.values[i].param in call.learned for i in raws)  # type: ignore[union-attr]
+    zero = learned or (call.rule.zero != "no" and named.zero)
+    return Layer(_on_output(call, named), zero, named.origin if len(letters) > 1 else None)
+
+
+def _on_output(call: _Call, named: Named) -> Tensor:
+    letters = [n for names in call.binding.output for n in names]
+    ids = named.over(letters)
+    full = []
+    for names in call.binding.output:
+        varies = any(n in named.letters for n in names)
+        full += [call.sizes[n] if varies else 1 for n in names]
+    ids = ids.expand(full)
+    shape, at = [], 0
+    for names in call.binding.output:
+        shape.append(math.prod(full[at : at + len(names)]))
+        at += len(names)
+    return ids.reshape(shape)
+
+
+def new_size(letter: str, layers: Iterable[Named], kept: Tensor, old: int) -> int:
+    """A letter's size once only ids in the mask `kept` are left."""
+    for named in layers:
+        if letter in named.letters:
+            mask = kept[named.ids]
+            axis = named.letters.index(letter)
+            if axis == len(named.letters) - 1 and axis > 0:
+                return int(mask.sum(-1).max())
+            others = [a for a in range(mask.ndim) if a != axis]
+            return int((mask.any(dim=tuple(others)) if others else mask).sum())
+    return old

@@ -1,0 +1,366 @@
+"""Rules: what is known of each op, read from YAML and checked when it is read.
+
+``rules/ops/*.yaml`` ships with the package; `load` adds a file of your own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from . import pattern
+from .errors import RuleError, nearest
+
+_HERE = Path(__file__).resolve().parent
+_WORD_SPACES = {
+    None, "torch", "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch.functional",
+    "_operator", "operator", "math", "torch._tensor", "builtins",
+}  # fmt: skip
+
+
+class Sample(BaseModel):
+    """A call to probe a rule with. ``inputs`` are shapes of random tensors, in the call's order."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
+    call: str
+    init: list[Any] | dict[str, Any] = Field(default_factory=list)
+    inputs: list[Any]
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class Rule(BaseModel):
+    """One entry of a rule file.
+
+    ``kind``     what the op does to channels: pointwise, dims, reduce, reshape, move, cat, pad,
+                 fill (makes a uniform tensor), plain (its result carries no channels)
+    ``dims``     the letters of each operand and of the output (kind dims)
+    ``zero``     whether zeros in give zeros out: keeps, any (one zero operand is enough), no
+    ``sizes``    attributes or arguments that hold letters' sizes: read, and rewritten
+    ``ranks``    stars whose length is the length of an argument
+    ``at``       an argument that is the position of a letter's dim
+    ``fixed``    letters of a size the op fixes
+    ``mixes``    letters over which values are mixed; ``norm`` says the mixing is a normalisation
+    ``scales``   the operand that holds one scale a channel
+    ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
+    ``fix``      how literals in a call of a movement are corrected
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = ""
+    where: str = ""
+    kind: Literal["pointwise", "dims", "einsum", "matmul", "reduce", "reshape", "move", "cat", "pad", "fill",
+                  "assign", "plain"]
+    words: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    dims: str | None = None
+    operands: tuple[str, ...] = ()
+    zero: Literal["keeps", "any", "no"] = "keeps"
+    sizes: dict[str, str] = Field(default_factory=dict)
+    ranks: dict[str, str] = Field(default_factory=dict)
+    at: dict[str, str] = Field(default_factory=dict)
+    fixed: dict[str, int] = Field(default_factory=dict)
+    mixes: tuple[str, ...] = ()
+    norm: bool = False
+    additive: bool = False
+    keeps_dims: bool = False
+    scales: str | None = None
+    pins: dict[str, str] = Field(default_factory=dict)
+    when: dict[str, Any] = Field(default_factory=dict)
+    fix: str | None = None
+    new_dim: bool = False
+    samples: tuple[Sample, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _split_words(cls, data):
+        if isinstance(data, dict):
+            data = dict(data)
+            for key in ("words", "operands", "mixes"):
+                if isinstance(data.get(key), str):
+                    data[key] = data[key].split()
+            if "dims" in data:
+                data.setdefault("kind", "dims")
+        return data
+
+    @model_validator(mode="after")
+    def _check_dims(self):
+        if (self.kind == "dims") != (self.dims is not None):
+            raise ValueError("`dims` goes with kind dims, and only with it")
+        if self.dims is not None:
+            try:
+                _check_letters(self, self.pattern)
+            except RuleError as error:
+                raise ValueError(str(error).replace("\n\nhint:", "; hint:")) from None
+        for text in (*self.calls, *self.modules):
+            if not _SIGNATURE.fullmatch(text):
+                raise ValueError(f"`{text}` is not a call; write `name(argument, argument)`")
+        return self
+
+    @property
+    def pattern(self) -> pattern.Pattern:
+        return _parse(self.dims or "")
+
+
+@cache
+def _parse(text: str) -> pattern.Pattern:
+    return pattern.parse(text)
+
+
+def _check_letters(rule: Rule, dims: pattern.Pattern) -> None:
+    if len(rule.operands) != len(dims.inputs):
+        raise RuleError(f"{len(rule.operands)} operands are named, `{dims}` has {len(dims.inputs)}")
+    letters = {letter for operand in (*dims.inputs, dims.output) for letter in operand.letters()}
+    inputs = {letter for operand in dims.inputs for letter in operand.letters()}
+    named = [*rule.ranks, *rule.at.values(), *rule.fixed, *rule.pins.values(), *rule.mixes]
+    named += [word for text in rule.sizes.values() for word in text.split()]
+    for word in named:
+        if word.lstrip("*") not in letters:
+            raise RuleError(f"`{word}` is not a letter of `{dims}`", hint=nearest(word, letters))
+    if rule.scales and rule.scales not in rule.operands:
+        raise RuleError(f"`{rule.scales}` is not an operand", hint=nearest(rule.scales, rule.operands))
+    for operand, name in zip(dims.inputs[1:], rule.operands[1:], strict=True):
+        alone = set(operand.letters()) - (inputs - set(operand.letters())) - set(dims.output.letters())
+        if set(operand.letters()) and alone == set(operand.letters()):
+            others = {x for o in dims.inputs if o is not operand for x in o.letters()}
+            if not others & set(operand.letters()):
+                raise RuleError(f"no letter of operand `{name}` ({operand}) stands anywhere else in `{dims}`")
+
+
+_SIGNATURE = re.compile(r"([\w.]+)\(([\w\s,*]*)\)")
+
+
+@dataclass(frozen=True)
+class Use:
+    """A rule as found for one target, with the names of the call's arguments."""
+
+    rule: Rule
+    arguments: tuple[str, ...]
+
+    def bound(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name; a starred last name takes the rest."""
+        found: dict[str, Any] = {}
+        for i, name in enumerate(self.arguments):
+            if name.startswith("*"):
+                rest = args[i:]
+                nested = len(rest) == 1 and isinstance(rest[0], (list, tuple))
+                if rest or name[1:] not in kwargs:
+                    found[name[1:]] = tuple(rest[0]) if nested else tuple(rest)
+                break
+            if i < len(args):
+                found[name] = args[i]
+        return {**found, **kwargs}
+
+
+@dataclass
+class Rules:
+    """All rules, indexed by what they match."""
+
+    rules: list[Rule] = field(default_factory=list)
+    functions: dict[Any, list[Use]] = field(default_factory=dict)
+    methods: dict[str, Use] = field(default_factory=dict)
+    words: dict[str, Use] = field(default_factory=dict)
+    modules: dict[str, Use] = field(default_factory=dict)
+    _found: dict[Any, Use | None] = field(default_factory=dict)
+
+    def copy(self) -> Rules:
+        return Rules(list(self.rules), {k: list(v) for k, v in self.functions.items()}, dict(self.methods),
+                     dict(self.words), dict(self.modules))  # fmt: skip
+
+    def add(self, rule: Rule) -> None:
+        self.rules.append(rule)
+        for word in rule.words:
+            target = getattr(torch.nn, word, None) if word[0].isupper() else None
+            use = Use(rule, rule.operands)
+            if "." in word:
+                self._call(word, use)
+            elif isinstance(target, type):
+                self.modules[f"{target.__module__}.{target.__qualname__}"] = Use(rule, ("input",))
+            else:
+                self.words[word] = use
+        for text in rule.calls:
+            self._call(*_signature(text, rule))
+        for text in rule.modules:
+            name, use = _signature(text, rule)
+            found = _resolve(name)
+            if isinstance(found, type):
+                name = f"{found.__module__}.{found.__qualname__}"
+            self.modules[name] = use
+        self._found.clear()
+
+    def _call(self, name: str, use: Use) -> None:
+        if name.startswith("Tensor."):
+            self.methods[name.removeprefix("Tensor.")] = use
+        else:
+            found = _resolve(name)
+            if isinstance(found, type) and issubclass(found, torch.nn.Module):
+                self.modules[f"{found.__module__}.{found.__qualname__}"] = Use(use.rule, ("input",))
+            elif found is not None:
+                self.functions.setdefault(found, []).insert(0, use)
+
+    def of_function(self, function, bound_args=None) -> Use | None:
+        """The rule of a function (an aten overload stands for its packet)."""
+        uses = self.functions.get(function) or self.functions.get(getattr(function, "overloadpacket", None))
+        if uses:
+            return next((use for use in uses if _applies(use, bound_args)), None)
+        if getattr(function, "__module__", None) in _WORD_SPACES:
+            return self.words.get(getattr(function, "__name__", "").rstrip("_"))
+        packet = getattr(function, "overloadpacket", function)
+        if isinstance(packet, torch._ops.OpOverloadPacket) and str(packet).startswith("aten."):
+            return self.words.get(str(packet).removeprefix("aten.").rstrip("_"))
+        return None
+
+    def of_method(self, name: str) -> Use | None:
+        """The rule of a tensor method; an in-place method has its plain form's rule."""
+        base = name if name.startswith("__") else name.rstrip("_")
+        return self.methods.get(name) or self.methods.get(base) or self.words.get(base)
+
+    def of_module(self, cls: type) -> Use | None:
+        """The rule of a module class, inherited as long as the subclass computes the same."""
+        if cls not in self._found:
+            self._found[cls] = self._of_module(cls)
+        return self._found[cls]
+
+    def _of_module(self, cls: type) -> Use | None:
+        for base in cls.__mro__:
+            use = self.modules.get(f"{base.__module__}.{base.__qualname__}")
+            if use is not None:
+                return use if _computes_as(cls, base) else None
+        return None
+
+
+def _computes_as(cls: type, base: type) -> bool:
+    harmless = {"__init__", "__module__", "__doc__", "__qualname__", "extra_repr", "__repr__", "reset_parameters"}
+    for between in cls.__mro__[: cls.__mro__.index(base)]:
+        for name, value in vars(between).items():
+            known = getattr(base, name, None)
+            if inspect.isfunction(value) and inspect.isfunction(known) and name not in harmless:
+                return False
+    return True
+
+
+def _applies(use: Use, bound_args) -> bool:
+    if not use.rule.when:
+        return True
+    bound = use.bound(*(bound_args or ((), {})))
+    return all(bound.get(key) == value for key, value in use.rule.when.items())
+
+
+def _signature(text: str, rule: Rule) -> tuple[str, Use]:
+    found = _SIGNATURE.fullmatch(text)
+    assert found, text
+    names = tuple(name.strip() for name in found.group(2).split(",") if name.strip())
+    return found.group(1), Use(rule, names)
+
+
+def _resolve(name: str) -> Any:
+    """The object behind a dotted name; None where its package is not there (or not imported)."""
+    if name.startswith("aten."):
+        return getattr(torch.ops.aten, name.removeprefix("aten."), None)
+    parts = name.split(".")
+    if parts[0] == "operator":
+        return getattr(operator, parts[1], None)
+    if parts[0] != "torch":
+        return None  # matched by its name, so that the package need not be imported
+    found: Any = torch
+    for i, part in enumerate(parts[1:], 2):
+        try:
+            found = getattr(found, part)
+        except AttributeError:
+            try:
+                found = importlib.import_module(".".join(parts[:i]))
+            except ImportError:
+                return None
+    return found
+
+
+def read(path: Path | str) -> list[Rule]:
+    """The rules of one file; `RuleError` names file and line of what is wrong."""
+    path = Path(path)
+    return list(_entries(path.read_text(), _shown(path)))
+
+
+def _shown(path: Path) -> str:
+    return f"rules/{path.parent.name}/{path.name}" if _HERE.parent in path.parents else str(path)
+
+
+def _entries(text: str, where: str) -> Iterator[Rule]:
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise RuleError(f"{where}{line} is not YAML: {getattr(error, 'problem', error)}") from None
+    if root is None:
+        return
+    if not isinstance(data, dict):
+        raise RuleError(f"{where}:1 must hold named rules", hint="write `name:` and the rule's fields below it")
+    for key, value in root.value:
+        line = key.start_mark.line + 1
+        if not isinstance(data[key.value], dict):
+            raise RuleError(f"{where}:{line} rule `{key.value}` must hold fields")
+        try:
+            yield Rule.model_validate({**data[key.value], "name": key.value, "where": f"{where}:{line}"})
+        except ValidationError as error:
+            raise _broken(error, key.value, where, line, value) from None
+
+
+def _broken(error: ValidationError, name: str, where: str, line: int, value) -> RuleError:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"]]
+    if path:
+        line = next((k.start_mark.line + 1 for k, _ in value.value if k.value == path[0]), line)
+    hint = nearest(path[0], Rule.model_fields) if first["type"] == "extra_forbidden" else ""
+    message = first["msg"].removeprefix("Value error, ")
+    field_name = f" field `{'.'.join(path)}`:" if path else ""
+    return RuleError(f"{where}:{line} rule `{name}`:{field_name} {message}", hint=hint)
+
+
+def folder() -> Path:
+    """Where the shipped rules lie: beside the package in a checkout, inside it in a wheel."""
+    inside = _HERE / "_rules"
+    return inside if inside.is_dir() else _HERE.parent / "rules"
+
+
+def build(files: Iterable[Path]) -> Rules:
+    """Rules from files, later ones over earlier ones."""
+    rules = Rules()
+    for file in files:
+        for rule in read(file):
+            rules.add(rule)
+    return rules
+
+
+_current: Rules | None = None
+
+
+def current() -> Rules:
+    """The rules in force: the shipped ones and those added by `load`."""
+    global _current
+    if _current is None:
+        _current = build(sorted((folder() / "ops").glob("*.yaml")))
+    return _current
+
+
+def load(path: Path | str) -> None:
+    """Add the rules of a YAML file to those in force; they win over the shipped ones.
+
+    Raises `RuleError` with file and line; then nothing is added.
+    """
+    global _current
+    rules = current().copy()
+    for rule in read(path):
+        rules.add(rule)
+    _current = rules

@@ -1,0 +1,563 @@
+"""Step `trace`: run the model on meta tensors and write down every op it calls.
+
+The model's own code runs, on real `torch.Tensor`s that hold a shape and no data, so every Python
+construct works; a `TorchFunctionMode` sees each call and adds a node to an `fx.Graph`. Sizes are
+`TracedInt`s, which the graph computes again. Only data is meta: constants keep their values.
+Modules with a rule stay modules, so BatchNorm and Dropout follow ``train()`` and ``eval()``.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import inspect
+import linecache
+import operator
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from .errors import FxpruneError, InputError, TraceError
+from .rules import Rules
+from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain, traced
+
+_OWN = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+_DUNDERS = {
+    "__getitem__": operator.getitem, "__setitem__": operator.setitem, "add": operator.add, "sub": operator.sub,
+    "mul": operator.mul, "div": operator.truediv, "matmul": operator.matmul, "neg": operator.neg,
+}  # fmt: skip
+_EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension"}
+
+
+def trace(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None, *, rules: Rules) -> fx.GraphModule:
+    """The model's eval-mode forward on these inputs as a graph.
+
+    `args` and `kwargs` are tensors (of any device; only shapes and dtypes are used), numbers, or
+    nested containers of them. Every node has ``meta["val"]`` (a meta tensor, a real constant, or a
+    number) and ``meta["source"]`` (file, line and function). The model is not changed. Raises
+    `TraceError` where the forward depends on values, `InputError` where the inputs do not fit.
+    """
+    tracer = _Tracer(model, rules)
+    with tracer.patched(), torch.no_grad():
+        output = tracer.run(args, kwargs or {})
+    tracer.finish(output)
+    graph_module = fx.GraphModule(_Lookup(model), tracer.graph, type(model).__name__)
+    graph_module.meta["fxprune_aliases"] = tracer.aliases
+    return graph_module
+
+
+class _Lookup(nn.Module):
+    """A root from which `fx.GraphModule` takes submodules and tensors by name, without copies."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.__dict__["training"] = False
+        self.__dict__["_model"] = model
+
+    def __getattr__(self, name: str):
+        if name == "training":
+            return False
+        return getattr(self.__dict__["_model"], name)
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every tensor, so that attributes can be set on it."""
+    copies = {id(m): object.__new__(type(m)) for m in model.modules()}
+    for module in model.modules():
+        copy = copies[id(module)]
+        copy.__dict__.update(module.__dict__)
+        for table in ("_parameters", "_buffers"):
+            copy.__dict__[table] = dict(module.__dict__[table])
+        children = module.__dict__["_modules"].items()
+        copy.__dict__["_modules"] = {name: None if m is None else copies[id(m)] for name, m in children}
+    return copies[id(model)]
+
+
+class _Tracer(TorchFunctionMode):
+    def __init__(self, model: nn.Module, rules: Rules):
+        super().__init__()
+        self.rules = rules
+        self.graph = fx.Graph()
+        self.original = model
+        self.model = skeleton(model)
+        self.inside = 0  # how many leaf modules we are in
+        self.nodes: dict[int, fx.Node] = {}  # id(tensor) -> node
+        self.kept: list[Any] = []  # keeps ids from being used again
+        self.exprs: dict[Any, fx.Node] = {}
+        self.standins: dict[int, torch.Tensor] = {}
+        self.asked: dict[Any, fx.Node] = {}  # dtype or device -> the node it was asked of
+        self.devices: dict[int, fx.Node] = {}
+        self.constants = 0
+        self._name_everything()
+
+    def _name_everything(self) -> None:
+        flag = TracedFlag(0, ("training",))
+        self.module_names: dict[int, str] = {}
+        for root in (self.model, self.original):
+            for name, module in root.named_modules(remove_duplicate=False):
+                self.module_names.setdefault(id(module), name)
+        for module in self.model.modules():
+            module.__dict__["training"] = flag
+        self.tensor_names: dict[int, str] = {}
+        self.aliases: dict[str, str] = {}
+        self.buffers: set[int] = set()
+        pairs = [*self.original.named_parameters(remove_duplicate=False)]
+        self.buffers = {id(b) for b in self.original.buffers()}
+        for name, tensor in [*pairs, *self.original.named_buffers(remove_duplicate=False)]:
+            first = self.tensor_names.setdefault(id(tensor), name)
+            if first != name:
+                self.aliases[name] = first
+            self.kept.append(tensor)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def patched(self) -> Iterator[None]:
+        call, fast = nn.Module.__call__, torch.backends.mha.get_fastpath_enabled()
+
+        def traced_call(module, *args, **kwargs):
+            return self.call_module(call, module, args, kwargs)
+
+        nn.Module.__call__ = traced_call  # type: ignore[method-assign]
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with self:
+                yield
+        finally:
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+    def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        try:
+            bound = inspect.signature(self.original.forward).bind(*args, **kwargs)
+        except TypeError as error:
+            raise InputError(
+                f"the example inputs do not fit {type(self.original).__name__}.forward: {error}",
+                hint="pass example_inputs=(x,) as forward takes them, or a dict of keyword arguments",
+            ) from None
+        for name, value in bound.arguments.items():
+            kind = bound.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                bound.arguments[name] = tuple(self.placeholder(f"{name}_{i}", v) for i, v in enumerate(value))
+            elif kind is inspect.Parameter.VAR_KEYWORD:
+                bound.arguments[name] = {key: self.placeholder(key, v) for key, v in value.items()}
+            else:
+                bound.arguments[name] = self.placeholder(name, value)
+        try:
+            return self.model(*bound.args, **bound.kwargs)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            raise self.failed(error) from error
+
+    def failed(self, error: Exception) -> FxpruneError:
+        frames = inspect.trace()
+        user = [f for f in frames if not f.filename.startswith((_OWN, _TORCH)) and f.filename[0] != "<"]
+        where = user[-1] if user else frames[-1]
+        line = (where.code_context or [""])[0].strip()
+        details = [("at", f"{where.filename}:{where.lineno}, in {where.function}: {line}")]
+        last = next(iter(reversed(self.graph.nodes)), None)
+        details.append(("after", f"%{last.name} = {last.target}" if last is not None else ""))
+        message = str(error).strip().split("\n")[0]
+        value_dependent = any(word in message for word in ("meta tensor", "Meta tensor", "data-dependent", "nonzero"))
+        if value_dependent:
+            return TraceError(
+                f"{type(self.original).__name__}.forward depends on the values in a tensor: {message}",
+                details=details,
+                hint="a graph has one path for all inputs; move the value-dependent part out of forward, "
+                "or prune the part of the model before it",
+            )
+        return InputError(
+            f"{type(self.original).__name__}.forward fails on the example inputs: {type(error).__name__}: {message}",
+            details=details,
+            hint="check that the model runs on inputs of these shapes; pass others with example_inputs=",
+        )
+
+    def placeholder(self, name: str, value: Any) -> Any:
+        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+            node = self.graph.placeholder(name, default_value=value)
+            node.meta["val"] = value
+            return value
+        node = self.graph.placeholder(name)
+        return self.opened(node, self._as_meta(value))
+
+    def _as_meta(self, value: Any) -> Any:
+        def convert(t):
+            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(
+                t, torch.Tensor) else t  # fmt: skip
+
+        with torch._C.DisableTorchFunction():
+            return pytree.tree_map(convert, value)
+
+    def opened(self, node: fx.Node, value: Any) -> Any:
+        """Register `value` as what `node` gives, its parts as items of it."""
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            self.nodes[id(value)] = node
+            self.kept.append(value)
+        elif isinstance(value, (tuple, list, dict)):
+            keys = value.keys() if isinstance(value, dict) else range(len(value))
+            for key in keys:
+                if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value[key])):
+                    self.opened(self.create("call_function", operator.getitem, (node, key), {}), value[key])
+        return value
+
+    # -- recording -------------------------------------------------------------------------------
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if self.inside:
+            return self.evaluate(func, args, kwargs)
+        name = getattr(func, "__name__", "")
+        if name in _EVALUATED and isinstance(args[0], torch.Tensor):
+            found = self.query(func, name, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        if isinstance(func, types_FunctionType) and self.rule_of(func, args, kwargs) is None:
+            body = _body_of(func)
+            if body is not None:
+                with self:
+                    return body(*args, **kwargs)
+        return self.record(func, name, args, kwargs)
+
+    def rule_of(self, func, args, kwargs):
+        return self.rules.of_function(func, (args, kwargs))
+
+    def query(self, func, name: str, args, kwargs):
+        """Shapes as traced ints; devices and dtypes remembered with the tensor they are of."""
+        tensor = args[0]
+        prop = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+        if prop in ("shape", "size") and id(tensor) in self.nodes:
+            size = TracedSize(TracedInt(n, ("size", tensor, i)) for i, n in enumerate(func(tensor)))
+            dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+            return size if dim is None or prop == "shape" else size[dim]
+        if prop in ("numel", "nelement") and id(tensor) in self.nodes:
+            return TracedInt(tensor.numel(), ("numel", tensor))
+        found = func(*args, **kwargs)
+        if prop in ("dtype", "device") and id(tensor) in self.nodes:
+            self.asked[found] = self.nodes[id(tensor)]
+        if isinstance(found, torch.Tensor):
+            return self.record(getattr, "getattr", (tensor, prop), {}, found)
+        return found
+
+    def record(self, func, name: str, args, kwargs, value: Any = NotImplemented):
+        versions = {id(t): t._version for t in _tensors((args, kwargs))}
+        if value is NotImplemented:
+            value = self.evaluate(func, args, kwargs)
+        mutates = func is operator.setitem or name == "__setitem__"
+        if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+            return value
+        op, target = self.target(func, name)
+        node = self.create(op, target, self.nodes_of(args), self.nodes_of(kwargs))
+        if mutates:
+            node.meta["val"] = None
+            return value
+        return self.opened(node, self.own(value, args, versions))
+
+    def own(self, value, args, versions):
+        """A result that is an operand itself, and was not changed in place, gets an identity."""
+
+        def fresh(t):
+            if isinstance(t, torch.Tensor) and id(t) in versions and t._version == versions[id(t)]:
+                return t.detach()
+            return t
+
+        with torch._C.DisableTorchFunction():
+            return pytree.tree_map(fresh, value)
+
+    def target(self, func, name: str) -> tuple[str, Any]:
+        if isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType)) or (
+            getattr(torch.Tensor, name, None) is func
+        ):
+            if name in _DUNDERS:
+                return "call_function", _DUNDERS[name]
+            return "call_method", name
+        return "call_function", func
+
+    def create(self, op: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:
+        node = self.graph.create_node(op, target, args, kwargs)
+        node.meta["source"] = _source()
+        return node
+
+    def call_module(self, call: Callable, module: nn.Module, args, kwargs):
+        if self.inside or not self.is_leaf(module):
+            return call(module, *args, **kwargs)
+        versions = {id(t): t._version for t in _tensors((args, kwargs))}
+        name = self.module_names[id(module)]
+        node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
+        self.inside += 1
+        try:
+            value = call(module, *args, **kwargs)
+        finally:
+            self.inside -= 1
+        node = self.create("call_module", name, node_args, node_kwargs)
+        return self.opened(node, self.own(value, args, versions))
+
+    def is_leaf(self, module: nn.Module) -> bool:
+        if id(module) not in self.module_names or self.module_names[id(module)] == "":
+            return False
+        hooked = module._forward_hooks or module._forward_pre_hooks
+        return not hooked and self.rules.of_module(type(module)) is not None
+
+    # -- arguments -------------------------------------------------------------------------------
+
+    def nodes_of(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.node_of(value)
+        if isinstance(value, Traced):
+            return self.number(value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return type(value)(*(self.nodes_of(v) for v in value))
+        if isinstance(value, (tuple, list)):
+            return (list if type(value) is list else tuple)(self.nodes_of(v) for v in value)
+        if isinstance(value, dict):
+            return {key: self.nodes_of(v) for key, v in value.items()}
+        if isinstance(value, slice):
+            return slice(self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step))
+        if isinstance(value, torch.device) and value.type == "meta" and value in self.asked:
+            return self._attribute(self.asked[value], "device", value)
+        if isinstance(value, torch.dtype) and value in self.asked:
+            return self._attribute(self.asked[value], "dtype", value)
+        return value
+
+    def _attribute(self, node: fx.Node, name: str, value: Any) -> fx.Node:
+        if (node, name) not in self.exprs:
+            made = self.create("call_function", getattr, (node, name), {})
+            made.meta["val"] = value
+            self.exprs[node, name] = made
+        return self.exprs[node, name]
+
+    def node_of(self, tensor: torch.Tensor) -> fx.Node:
+        if id(tensor) in self.nodes:
+            return self.nodes[id(tensor)]
+        name = self.tensor_names.get(id(tensor))
+        if name is None:
+            if tensor.is_meta:
+                raise TraceError(
+                    "a tensor came from code that the tracer cannot see",
+                    details=[("at", describe(_source()))],
+                    hint="scripted functions and custom C++ calls on tensors have no graph; use their Python form",
+                )
+            name = f"_tensor_constant{self.constants}"
+            self.constants += 1
+            self.original_constants[name] = tensor.detach()
+        node = self.create("get_attr", name, (), {})
+        node.meta["val"] = tensor
+        self.nodes[id(tensor)] = node
+        self.kept.append(tensor)
+        return node
+
+    @property
+    def original_constants(self) -> dict[str, torch.Tensor]:
+        return self.graph.__dict__.setdefault("_fxprune_constants", {})
+
+    def number(self, value) -> Any:
+        """The node that computes a traced number."""
+        expr = value.expr
+        if expr[0] == "training":
+            key: Any = "training"
+        elif expr[0] in ("size", "numel"):
+            if id(expr[1]) not in self.nodes:
+                return plain(value)
+            key = (expr[0], id(expr[1]), *expr[2:])
+        else:
+            key = id(value)
+        if key not in self.exprs:
+            self.exprs[key] = self._number(value, expr)
+            self.kept.append(value)
+        return self.exprs[key]
+
+    def _number(self, value, expr) -> fx.Node:
+        if expr[0] == "training":
+            node = self.create("get_attr", "training", (), {})
+        elif expr[0] == "size":
+            node = self.create("call_method", "size", (self.nodes[id(expr[1])], expr[2]), {})
+        elif expr[0] == "numel":
+            node = self.create("call_method", "numel", (self.nodes[id(expr[1])],), {})
+        else:
+            node = self.create("call_function", expr[0], self.nodes_of(expr[1:]), {})
+        node.meta["val"] = plain(value)
+        return node
+
+    # -- evaluating ------------------------------------------------------------------------------
+
+    def evaluate(self, func, args, kwargs):
+        return evaluate(func, args, kwargs, self.standin)
+
+    def standin(self, tensor: torch.Tensor, meta: bool, changed: bool) -> torch.Tensor:
+        """What is computed with in place of a tensor of the model, which must not be touched."""
+        if tensor.is_meta or not (meta or changed or id(tensor) in self.standins):
+            return tensor
+        found = self.standins.get(id(tensor), tensor)
+        if changed and found is tensor and id(tensor) in self.tensor_names:
+            found = self.standins[id(tensor)] = tensor.detach().clone()
+            self.kept.append(tensor)
+        return to_meta(found, self.metas) if meta else found
+
+    @property
+    def metas(self) -> dict[int, Any]:
+        return self.__dict__.setdefault("_metas", {})
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def finish(self, output: Any) -> None:
+        with torch._C.DisableTorchFunction():
+            self.graph.output(self.output_of(output))
+        for node in self.graph.nodes:
+            if node.op == "output":
+                node.meta["val"] = output
+                node.meta["source"] = None
+        sweep(self.graph)
+
+    def output_of(self, value: Any) -> Any:
+        """The output's structure in nodes; classes of its own are called in the graph."""
+        if isinstance(value, (torch.Tensor, *Traced)) or type(value) in (tuple, list, dict):
+            if type(value) in (tuple, list):
+                return type(value)(self.output_of(v) for v in value)
+            if type(value) is dict:
+                return {key: self.output_of(v) for key, v in value.items()}
+            return self.nodes_of(value)
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self._made(type(value), tuple(self.output_of(v) for v in value), {}, value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields = {f.name: self.output_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return self._made(type(value), (), {k: v for k, v in fields.items() if v is not None}, value)
+        if isinstance(value, collections.abc.Mapping):
+            pairs = [(key, self.output_of(v)) for key, v in value.items()]
+            return self._made(type(value), (pairs,), {}, value)
+        if isinstance(value, (tuple, list)):
+            return [self.output_of(v) for v in value]
+        return value
+
+    def _made(self, cls, args, kwargs, value) -> fx.Node:
+        node = self.create("call_function", cls, args, kwargs)
+        node.meta["val"] = value
+        return node
+
+
+types_FunctionType = types.FunctionType
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def _body_of(func: types.FunctionType) -> Callable | None:
+    """A functional's body without its dispatch to modes, so that the calls inside are seen."""
+    if func.__module__ not in ("torch.nn.functional", "torch.functional"):
+        return None
+    never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
+    copy = types.FunctionType(
+        func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _never(*_args) -> bool:
+    return False
+
+
+def to_meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:
+    """The tensor without its data; `known` remembers what was converted."""
+    if tensor.is_meta:
+        return tensor
+    found = known.get(id(tensor))
+    if found is None:
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        known[id(tensor)] = found = (meta, tensor)
+    return found[0]
+
+
+def evaluate(func, args, kwargs, standin: Callable[[torch.Tensor, bool, bool], torch.Tensor]):
+    """Call `func` on meta tensors if any operand is one, else on the real constants."""
+    tensors = _tensors((args, kwargs))
+    meta = any(t.is_meta for t in tensors)
+    name = getattr(func, "__name__", "")
+    changed = not meta and name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+    device = torch.device("meta" if meta else "cpu")
+    if meta and name in ("__getitem__", "getitem"):
+        args = (args[0], _without_masks(args[1]))
+
+    def convert(value):
+        if isinstance(value, torch.Tensor):
+            return standin(value, meta, changed and value is tensors[0])
+        if isinstance(value, Traced):
+            return plain(value)
+        if isinstance(value, torch.device) or (meta and isinstance(value, str) and value.split(":")[0] in _DEVICES):
+            return device
+        if isinstance(value, slice):
+            return slice(convert(value.start), convert(value.stop), convert(value.step))
+        if isinstance(value, tuple):
+            made = [convert(v) for v in value]
+            return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        return {key: convert(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    if meta and name in ("cuda", "cpu", "numpy"):
+        return convert(args[0]).detach()
+    return func(*convert(tuple(args)), **convert(dict(kwargs)))
+
+
+_DEVICES = ("cpu", "cuda", "mps", "meta", "xpu")
+
+
+def _without_masks(index: Any) -> Any:
+    """A constant boolean mask picks known positions, which also work on meta tensors."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not any(isinstance(p, torch.Tensor) and p.dtype == torch.bool and not p.is_meta for p in parts):
+        return index
+    made: list[Any] = []
+    for part in parts:
+        masks = isinstance(part, torch.Tensor) and part.dtype == torch.bool and not part.is_meta
+        made += part.nonzero(as_tuple=True) if masks else [part]
+    return tuple(made)
+
+
+def sweep(graph: fx.Graph) -> None:
+    """Remove nodes that nothing reads, except those that change something in place."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op not in ("placeholder", "output") and not mutates(node):
+            graph.erase_node(node)
+
+
+def mutates(node: fx.Node) -> bool:
+    """Whether a node changes one of its operands in place."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op == "call_module" or node.op == "get_attr":
+        return False
+    inplace = name.endswith("_") and not name.endswith("__")
+    return inplace or node.target is operator.setitem or node.kwargs.get("inplace") is True or "out" in node.kwargs
+
+
+Source = tuple[str, int, str]
+
+
+def _source() -> Source | None:
+    """File, line and function of the nearest frame that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith((_OWN, _TORCH)) and name[0] != "<":
+            return name, frame.f_lineno, frame.f_code.co_name
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def describe(source: Source | None) -> str:
+    """``net.py:41, in forward: self.c2(h)``"""
+    if source is None:
+        return ""
+    file, line, function = source
+    code = linecache.getline(file, line).strip()
+    return f"{Path(file).name}:{line}, in {function}" + (f": {code}" if code else "")
