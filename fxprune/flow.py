@@ -444,7 +444,7 @@ class _Run:
         moved = Layer(ids, layer.zero, layer.origin)
         if not moved.varying:
             self.ids.freeze(node, ids, f"is picked alone by %{node.name}")
-        elif len(moved.varying) == 1:
+        elif len(moved.varying) == 1 and ids.numel() < layer.ids.numel():
             self.ids.pieces.append(ids.reshape(-1))
         if len(moved.varying) > 1 and layer.origin is None and len(moved.varying) > len(layer.varying):
             self.ids.split(node, ids)

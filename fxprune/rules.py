@@ -53,6 +53,7 @@ class Rule(BaseModel):
     ``mixes``    letters over which values are mixed; ``norm`` says the mixing is a normalisation
     ``scales``   the operand that holds one scale a channel
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
+    ``macs``     letters whose product is the op's multiply-accumulates
     ``fix``      how literals in a call of a movement are corrected
     """
 
@@ -77,6 +78,7 @@ class Rule(BaseModel):
     keeps_dims: bool = False
     scales: str | None = None
     pins: dict[str, str] = Field(default_factory=dict)
+    macs: str = ""
     when: dict[str, Any] = Field(default_factory=dict)
     fix: str | None = None
     new_dim: bool = False
@@ -124,7 +126,7 @@ def _check_letters(rule: Rule, dims: pattern.Pattern) -> None:
     letters = {letter for operand in (*dims.inputs, dims.output) for letter in operand.letters()}
     inputs = {letter for operand in dims.inputs for letter in operand.letters()}
     named = [*rule.ranks, *rule.at.values(), *rule.fixed, *rule.pins.values(), *rule.mixes]
-    named += [word for text in rule.sizes.values() for word in text.split()]
+    named += [word for text in (*rule.sizes.values(), rule.macs) for word in text.split()]
     for word in named:
         if word.lstrip("*") not in letters:
             raise RuleError(f"`{word}` is not a letter of `{dims}`", hint=nearest(word, letters))

@@ -50,7 +50,7 @@ def trace(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = No
     with tracer.patched(), torch.no_grad():
         output = tracer.run(args, kwargs or {})
     tracer.finish(output)
-    graph_module = fx.GraphModule(_Lookup(model), tracer.graph, type(model).__name__)
+    graph_module = fx.GraphModule(_Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__)
     graph_module.meta["fxprune_aliases"] = tracer.aliases
     return graph_module
 
@@ -58,15 +58,13 @@ def trace(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = No
 class _Lookup(nn.Module):
     """A root from which `fx.GraphModule` takes submodules and tensors by name, without copies."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, constants: dict[str, torch.Tensor]):
         super().__init__()
-        self.__dict__["training"] = False
-        self.__dict__["_model"] = model
+        self.__dict__.update(training=False, _model=model, _constants=constants)
 
     def __getattr__(self, name: str):
-        if name == "training":
-            return False
-        return getattr(self.__dict__["_model"], name)
+        constants = self.__dict__["_constants"]
+        return constants[name] if name in constants else getattr(self.__dict__["_model"], name)
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -96,7 +94,8 @@ class _Tracer(TorchFunctionMode):
         self.standins: dict[int, torch.Tensor] = {}
         self.asked: dict[Any, fx.Node] = {}  # dtype or device -> the node it was asked of
         self.devices: dict[int, fx.Node] = {}
-        self.constants = 0
+        self.tensor_constants: dict[str, torch.Tensor] = {}
+        self.metas: dict[int, Any] = {}
         self._name_everything()
 
     def _name_everything(self) -> None:
@@ -213,7 +212,7 @@ class _Tracer(TorchFunctionMode):
 
     # -- recording -------------------------------------------------------------------------------
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if self.inside:
             return self.evaluate(func, args, kwargs)
@@ -222,7 +221,7 @@ class _Tracer(TorchFunctionMode):
             found = self.query(func, name, args, kwargs)
             if found is not NotImplemented:
                 return found
-        if isinstance(func, types_FunctionType) and self.rule_of(func, args, kwargs) is None:
+        if isinstance(func, types.FunctionType) and self.rule_of(func, args, kwargs) is None:
             body = _body_of(func)
             if body is not None:
                 with self:
@@ -347,18 +346,13 @@ class _Tracer(TorchFunctionMode):
                     details=[("at", describe(_source()))],
                     hint="scripted functions and custom C++ calls on tensors have no graph; use their Python form",
                 )
-            name = f"_tensor_constant{self.constants}"
-            self.constants += 1
-            self.original_constants[name] = tensor.detach()
+            name = f"_tensor_constant{len(self.tensor_constants)}"
+            self.tensor_constants[name] = tensor.detach()
         node = self.create("get_attr", name, (), {})
         node.meta["val"] = tensor
         self.nodes[id(tensor)] = node
         self.kept.append(tensor)
         return node
-
-    @property
-    def original_constants(self) -> dict[str, torch.Tensor]:
-        return self.graph.__dict__.setdefault("_fxprune_constants", {})
 
     def number(self, value) -> Any:
         """The node that computes a traced number."""
@@ -403,10 +397,6 @@ class _Tracer(TorchFunctionMode):
             self.kept.append(tensor)
         return to_meta(found, self.metas) if meta else found
 
-    @property
-    def metas(self) -> dict[int, Any]:
-        return self.__dict__.setdefault("_metas", {})
-
     # -- the end ---------------------------------------------------------------------------------
 
     def finish(self, output: Any) -> None:
@@ -442,9 +432,6 @@ class _Tracer(TorchFunctionMode):
         node = self.create("call_function", cls, args, kwargs)
         node.meta["val"] = value
         return node
-
-
-types_FunctionType = types.FunctionType
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:
@@ -561,3 +548,19 @@ def describe(source: Source | None) -> str:
     file, line, function = source
     code = linecache.getline(file, line).strip()
     return f"{Path(file).name}:{line}, in {function}" + (f": {code}" if code else "")
+
+
+class OnMeta(TorchFunctionMode):
+    """Computes shapes: real tensors that meet meta ones are taken as meta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[int, Any] = {}
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        return evaluate(func, args, kwargs or {}, self._standin)
+
+    def _standin(self, tensor: torch.Tensor, meta: bool, changed: bool) -> torch.Tensor:
+        if meta:
+            return to_meta(tensor, self.known)
+        return tensor.clone() if changed else tensor

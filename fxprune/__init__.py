@@ -1,0 +1,40 @@
+"""fxprune: structured pruning of PyTorch networks, exact and inspectable.
+
+``pruned = fxprune.prune(model, criterion="ratio_sum", rate=0.4)``
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import criteria, errors, rules
+    from .analysis import Analysis
+    from .api import analyze, apply, plan, prune, verify
+    from .criteria import criterion
+    from .errors import FxpruneError
+    from .plan import Plan
+    from .verify import Verification
+
+_HOMES = {
+    "prune": "api", "analyze": "api", "plan": "api", "apply": "api", "verify": "api", "criterion": "criteria",
+    "Plan": "plan", "Analysis": "analysis", "Verification": "verify", "FxpruneError": "errors",
+}  # fmt: skip
+__all__ = ["Analysis", "FxpruneError", "Plan", "Verification", "analyze", "apply", "criteria", "criterion", "errors",
+           "plan", "prune", "rules", "verify"]  # fmt: skip
+
+
+def __getattr__(name: str):
+    """Public names are imported when they are first used, so that ``import fxprune`` is quick."""
+    import importlib
+
+    if name in _HOMES:
+        found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    elif name in ("criteria", "errors", "rules"):
+        found = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module 'fxprune' has no attribute {name!r}")
+    globals()[name] = found
+    return found

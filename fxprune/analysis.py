@@ -1,0 +1,174 @@
+"""What fxprune knows of a model before anything is chosen: `analyze` and its `Analysis`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from . import rules as rule_files
+from .check import check_choice, check_model, tensors_of
+from .errors import RuleError
+from .explain import Explanation, explain
+from .flow import Flow, Mixing, flow
+from .groups import Group, Groups, groups
+from .ids import Freeze
+from .inputs import Inputs, traced
+from .letters import new_size
+from .trace import describe
+from .watch import Watch, silent
+
+
+@dataclass
+class Frozen:
+    """Channels that cannot go: how many, why, at which node and source line."""
+
+    group: str
+    channels: int
+    reason: str
+    node: str = ""
+    source: str = ""
+
+
+@dataclass
+class Analysis:
+    """A traced model with its channel groups.
+
+    ``graph`` is the traced `fx.GraphModule`, ``groups`` the list of groups, ``frozen`` what cannot
+    go and why.
+    """
+
+    model: nn.Module
+    flow: Flow
+    inputs: Inputs
+    all_groups: Groups
+    tensors: Mapping[str, Tensor]
+    mixing: Mixing = "norms"
+    frontend: str = "symbolic"
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        return self.flow.graph
+
+    @property
+    def groups(self) -> list[Group]:
+        return self.all_groups.groups
+
+    @property
+    def frozen(self) -> list[Frozen]:
+        return [_frozen(group) for group in self.groups if group.frozen is not None]
+
+    def explain(self, a: str, b: str | None = None) -> Explanation:
+        """Why `a` is in its group; with `b`, the chain of ties from `a` to `b`.
+
+        Names are of parameters (``conv1.weight``) or modules (``layer1.0.conv1``).
+        """
+        return explain(self, a, b)
+
+    def regroup(self) -> None:
+        """Merge ties again, after something more was frozen."""
+        self.all_groups = groups(self.flow)
+
+    def macs(self, kept: Tensor | None = None) -> int:
+        """Multiply-accumulates of convolutions and linear layers for one item of the batch; with
+        only the ids in the mask `kept`, where given."""
+        total = 0
+        for use in self.flow.uses.values():
+            if use.rule.macs:
+                product = 1
+                for letter in _letters(use.rule.macs, use.binding.sizes):
+                    old = use.binding.sizes[letter]
+                    product *= old if kept is None else new_size(letter, use.layers, kept, old)
+                total += product
+        return total // max(self.batch, 1)
+
+    @property
+    def batch(self) -> int:
+        first = next((v for v in self.graph.graph.nodes if v.op == "placeholder"), None)
+        value = first.meta["val"] if first is not None else None
+        return int(value.shape[0]) if isinstance(value, Tensor) and value.ndim else 1
+
+
+def _letters(text: str, sizes: Mapping[str, int]) -> list[str]:
+    found = []
+    for word in text.split():
+        if word.startswith("*"):
+            found += [n for n in sizes if n != word[1:] and n.rstrip("0123456789") == word[1:]]
+        else:
+            found.append(word)
+    return found
+
+
+def _frozen(group: Group) -> Frozen:
+    freeze = group.frozen
+    assert freeze is not None
+    return Frozen(group.name, len(group), freeze.reason, _node_name(freeze), _source(freeze))
+
+
+def _node_name(freeze: Freeze) -> str:
+    return freeze.node.name if freeze.node is not None else ""
+
+
+def _source(freeze: Freeze) -> str:
+    return describe(freeze.node.meta.get("source")) if freeze.node is not None else ""
+
+
+def analyze(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    mixing: Mixing = "norms",
+    strict: bool = False,
+    watch: Watch = silent,
+) -> Analysis:
+    """Trace a model and find its channel groups. The model is not changed.
+
+    `example_inputs` is a tensor, a tuple of forward's arguments, or a dict of keyword arguments; the
+    usual shapes are tried where it is missing. `mixing` says which ops may go on over fewer channels
+    although their statistics then differ from the masked network's: "norms" (normalisation layers),
+    "all" (softmax, mean, max over channels too) or "none". `strict` raises `RuleError` on an op that
+    no rule knows, instead of freezing what reaches it.
+    """
+    check_model(model)
+    check_choice("mixing", mixing, ("norms", "all", "none"))
+    rules = rule_files.current()
+    graph, inputs = traced(model, example_inputs, rules)
+    watch("trace", model, graph)
+    found = flow(graph, rules, mixing=mixing)
+    if strict and found.unknown:
+        _refuse(found)
+    watch("flow", graph, found)
+    grouped = groups(found)
+    watch("groups", found, grouped)
+    analysis = Analysis(model, found, inputs, grouped, tensors_of(model), mixing)
+    analysis.warnings = list(_warnings(found, grouped))
+    return analysis
+
+
+def _refuse(found: Flow) -> None:
+    node, reason = next(iter(found.unknown.items()))
+    raise RuleError(
+        f"{node.op} {node.target} {reason}",
+        details=[("node", f"%{node.name}"), ("at", describe(node.meta.get("source")))],
+        hint="add a line to a rule file and load it with fxprune.rules.load, or leave strict out to freeze what it touches",
+    )
+
+
+def _warnings(found: Flow, grouped: Groups):
+    """Unknown ops, once each, with their cost in channels."""
+    cost: dict[str, int] = {}
+    for group in grouped.groups:
+        if group.frozen is not None and group.frozen.node in found.unknown:
+            cost[group.frozen.node.name] = cost.get(group.frozen.node.name, 0) + len(group)
+    for node, reason in found.unknown.items():
+        if cost.get(node.name):
+            where = describe(node.meta.get("source"))
+            yield f"%{node.name} ({_target(node)}) {reason}: {cost[node.name]} channels are frozen because of it ({where})"
+
+
+def _target(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else torch.typename(node.target)

@@ -1,0 +1,101 @@
+"""What is refused before any work: models that cannot be pruned as they are, options out of range."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ModelError, OptionError
+
+_WRAPPERS = {
+    "DataParallel": "model.module",
+    "DistributedDataParallel": "model.module",
+    "FullyShardedDataParallel": "the module before it is wrapped",
+    "OptimizedModule": "model._orig_mod",
+}
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; a tied tensor under its first name."""
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    found.update((name, b) for name, b in model.named_buffers() if b is not None)
+    return found
+
+
+def check_model(model: Any) -> None:
+    """Raise `ModelError` for a model that is lazy, quantized, wrapped, scripted or on several devices."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}", hint="pass the model object itself")
+    wrapper = type(model).__name__
+    if wrapper in _WRAPPERS:
+        raise ModelError(
+            f"the model is wrapped in {wrapper}", hint=f"prune {_WRAPPERS[wrapper]}, and wrap the result again"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is TorchScript, which has no Python forward to trace", hint="prune the eager model")
+    for name, module in model.named_modules():
+        _check_module(name, module)
+    devices = {str(t.device): name for name, t in tensors_of(model).items()}
+    if len(devices) > 1:
+        raise ModelError(
+            f"the model is on several devices: {', '.join(sorted(devices))}",
+            details=[(device, name) for device, name in sorted(devices.items())],
+            hint="move it to one device with model.to(device), prune, and place it again",
+        )
+
+
+def _check_module(name: str, module: nn.Module) -> None:
+    kind = type(module)
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+            raise ModelError(
+                f"module `{name}` ({kind.__name__}) is lazy: its shapes are not known yet",
+                hint="run the model once on an example input before pruning",
+            )
+    quantized = "quantized" in kind.__module__ and hasattr(module, "_packed_params")
+    if quantized or (kind.__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "zero_point")):
+        raise ModelError(
+            f"module `{name}` ({kind.__name__}) is quantized: its weights are packed integers",
+            hint="prune the float model, then quantize the pruned one",
+        )
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise `ModelError` for the first parameter that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.detach().sum())):
+            if not bool(torch.isfinite(tensor).all()):
+                kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+                raise ModelError(
+                    f"`{name}` holds {kind}", hint="scores of such weights mean nothing; load or train sound ones first"
+                )
+
+
+def check_share(name: str, value: Any, *, whole: bool = False) -> None:
+    """Raise `OptionError` unless `value` is a number in [0, 1), or [0, 1] where `whole`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise OptionError(f"{name} must be a number, not {type(value).__name__}")
+    if not (0 <= value < 1 or (whole and value == 1)):
+        percent = f"{value / 100:g}" if 1 < value < 100 else ""
+        raise OptionError(
+            f"{name}={value} is outside [0, 1{']' if whole else ')'}",
+            hint=f"a share is meant: {percent} for {value:g} %" if percent else "0.5 removes half of the channels",
+        )
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise `OptionError` unless `value` is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+    """Raise `OptionError` unless `value` is one of `known`."""
+    from .errors import nearest
+
+    if value not in known:
+        raise OptionError(f"{name}={value!r} is not known", details=[("known", ", ".join(known))],
+                          hint=nearest(str(value), known))  # fmt: skip

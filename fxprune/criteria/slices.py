@@ -1,0 +1,80 @@
+"""What a criterion sees of a group: its coupled slices of parameters."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..groups import Group, Member
+
+
+@dataclass(frozen=True)
+class Slices:
+    """A group's slices, always with the channel axis first.
+
+    ``tensors`` holds the model's parameters and buffers by name.
+    """
+
+    group: Group
+    tensors: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @property
+    def filters(self) -> list[Tensor]:
+        """(channels, weights) of each layer that makes these channels: its filters."""
+        return [self.of(m) for m in self._filters()]
+
+    @property
+    def layers(self) -> list[Tensor]:
+        """(all channels, weights) of the same layers as `filters`, pruned or not."""
+        return [self.whole(m) for m in self._filters()]
+
+    @property
+    def scales(self) -> list[Tensor]:
+        """(channels,) of each normalisation's scale (gamma) of these channels."""
+        return [self.of(m).reshape(len(self), -1).abs().sum(1) for m in self._members("scale")]
+
+    @property
+    def all_scales(self) -> list[Tensor]:
+        """(all channels,) of the same normalisations as `scales`."""
+        return [self.whole(m).abs().sum(1) for m in self._members("scale")]
+
+    @property
+    def consumers(self) -> list[Tensor]:
+        """(channels, weights) of each layer that reads these channels."""
+        return [self.of(m) for m in self._members("in") if self.tensors[m.param].ndim > 1]
+
+    def _members(self, role: str) -> list[Member]:
+        return [m for m in self.group.members if m.role == role]
+
+    def _filters(self) -> list[Member]:
+        found = [m for m in self._members("out") if self.tensors[m.param].ndim > 1]
+        return found or self._members("out") or self._members("free") or list(self.group.members[:1])
+
+    def of(self, member: Member) -> Tensor:
+        """The member's slices as (channels, elements)."""
+        whole, positions = self.whole(member), member.positions
+        if positions.shape[1] == 1 and len(positions) == len(whole) and (positions[:, 0] == range(len(whole))).all():
+            return whole
+        return whole[torch.from_numpy(positions.reshape(-1))].reshape(len(positions), -1)
+
+    def whole(self, member: Member) -> Tensor:
+        """The whole parameter as (indices of the member's dim, elements)."""
+        tensor = self.tensors[member.param].detach()
+        if tensor.dtype in (torch.float16, torch.bfloat16):
+            tensor = tensor.float()
+        if member.blocks == 1:
+            return tensor.movedim(member.dim, 0).reshape(tensor.shape[member.dim], -1)
+        split = tensor.reshape(member.blocks, -1, *tensor.shape[1:]).movedim(member.dim + 1, 1)
+        return split.reshape(member.blocks * tensor.shape[member.dim], -1)
+
+    @property
+    def seed(self) -> int:
+        """A number that is this group's own and the same on every machine."""
+        return zlib.crc32(self.group.name.encode())

@@ -1,0 +1,218 @@
+"""Step `groups`: merge ties into coupled channels, and channels into groups.
+
+A *channel* is one connected class of ids: slices of parameters that must go together. Channels whose
+slices lie in the same dims of the same parameters form a *group*.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import fx
+
+from .flow import Flow
+from .ids import Freeze, Role, Slot
+
+
+@dataclass(frozen=True)
+class Member:
+    """A group's part of one parameter dim: ``positions[c]`` are the indices of channel c there.
+
+    Positions count along the dim, or over (blocks x dim) where blocks have channels of their own.
+    """
+
+    param: str
+    dim: int
+    role: Role
+    positions: np.ndarray
+    blocks: int = 1
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that lie in the same parameter dims. ``channels`` are class numbers."""
+
+    name: str
+    channels: np.ndarray
+    members: tuple[Member, ...]
+    frozen: Freeze | None = None
+
+    def __len__(self) -> int:
+        return len(self.channels)
+
+    @property
+    def prunable(self) -> bool:
+        return self.frozen is None
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """The same number of channels must be kept of each row. Channel 0 is always kept."""
+
+    node: fx.Node
+    rows: np.ndarray
+
+
+@dataclass
+class Groups:
+    """All groups of a network, and what binds their choice.
+
+    ``channel``     id -> channel number; 0 for ids that cannot go
+    ``keep_one``    sets of channels of which one at least must stay (pieces of a split)
+    """
+
+    groups: list[Group]
+    channel: np.ndarray
+    constraints: list[Constraint] = field(default_factory=list)
+    keep_one: list[np.ndarray] = field(default_factory=list)
+
+    @property
+    def prunable(self) -> list[Group]:
+        return [group for group in self.groups if group.prunable]
+
+
+def groups(flow: Flow) -> Groups:
+    """Merge the ties of `flow`; order groups as their first parameter appears in the graph."""
+    label = _components(flow)
+    reasons = _frozen(flow, label)
+    slots = [slot for per in flow.ids.slots.values() for slot in per]
+    label = _freeze_unmade(label, slots, reasons)
+    found = _grouped(slots, label, reasons)
+    channel = np.where(np.isin(label, list(reasons)), 0, label + 1) if reasons else label + 1
+    channel[0] = 0
+    result = Groups([_numbered(group) for group in found], channel)
+    result.constraints = list(_constraints(flow, channel))
+    result.keep_one = _unique(_pieces(flow, channel))
+    return result
+
+
+def _components(flow: Flow) -> np.ndarray:
+    """A class number for each id."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = [(t.left.reshape(-1).numpy(), t.right.reshape(-1).numpy()) for t in flow.ids.ties]
+    left = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, np.int64)
+    right = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, np.int64)
+    real = (left > 0) & (right > 0)
+    size = flow.ids.count
+    edges = coo_matrix((np.ones(int(real.sum()), bool), (left[real], right[real])), shape=(size, size))
+    return connected_components(edges, directed=False)[1].astype(np.int64)
+
+
+def _frozen(flow: Flow, label: np.ndarray) -> dict[int, Freeze]:
+    """Class -> the first thing that freezes it; ties with id 0 freeze too."""
+    reasons: dict[int, Freeze] = {}
+    records = list(flow.ids.frozen)
+    for tie in flow.ids.ties:
+        left, right = tie.left, tie.right
+        if bool((left == 0).any()) or bool((right == 0).any()):
+            lost = torch.cat([left[right == 0], right[left == 0]])
+            records.append(Freeze(tie.node, lost, "meets elements that have no channel"))
+    for record in records:
+        for each in np.unique(label[record.ids.reshape(-1).numpy()]):
+            reasons.setdefault(int(each), record)
+    reasons.pop(int(label[0]), None)
+    return reasons
+
+
+def _freeze_unmade(label: np.ndarray, slots: list[Slot], reasons: dict[int, Freeze]) -> np.ndarray:
+    """Channels that no parameter makes (only reads) stay."""
+    made = [slot.ids.reshape(-1).numpy() for slot in slots if slot.role in ("out", "free")]
+    makers = set(np.unique(label[np.concatenate(made)]).tolist()) if made else set()
+    for slot in slots:
+        for each in np.unique(label[slot.ids.reshape(-1).numpy()]).tolist():
+            if each not in makers and each not in reasons and each != label[0]:
+                reasons[each] = Freeze(slot.node, slot.ids, "is made by no parameter")
+    return label
+
+
+def _grouped(slots: list[Slot], label: np.ndarray, reasons: dict[int, Freeze]) -> list[Group]:
+    if not slots:
+        return []
+    classes = np.concatenate([label[slot.ids.reshape(-1).numpy()] for slot in slots])
+    sizes = [slot.ids.numel() for slot in slots]
+    which = np.repeat(np.arange(len(slots)), sizes)
+    where = np.concatenate([np.arange(n) for n in sizes])
+    order = np.lexsort((where, which, classes))
+    classes, which, where = classes[order], which[order], where[order]
+    signature = _signatures(classes, which, label.max() + 1)
+    first = np.full(label.max() + 1, -1)
+    first[classes[::-1]] = np.arange(len(classes))[::-1]
+    members: dict[tuple, list[int]] = defaultdict(list)
+    present = np.unique(classes)
+    present = present[np.lexsort((where[first[present]], which[first[present]]))]
+    for each in present.tolist():
+        why = reasons.get(each)
+        members[int(signature[each]), id(why) if why else 0].append(each)
+    ends = np.append(np.flatnonzero(np.diff(classes)) + 1, len(classes))
+    starts = np.insert(ends[:-1], 0, 0)
+    spans = np.zeros((label.max() + 1, 2), np.int64)
+    spans[classes[starts]] = np.stack([starts, ends], 1)
+    return [_group(np.array(m), spans, which, where, slots, reasons) for m in members.values()]
+
+
+def _signatures(classes: np.ndarray, which: np.ndarray, count: int) -> np.ndarray:
+    """A hash of (slots, how often) for each class; equal for channels of one group."""
+    weights = np.random.default_rng(0).integers(1, 2**62, int(which.max()) + 1, dtype=np.int64)
+    found = np.zeros(count, np.int64)
+    with np.errstate(over="ignore"):
+        np.add.at(found, classes, weights[which])
+    return found
+
+
+def _group(channels: np.ndarray, spans: np.ndarray, which, where, slots: list[Slot], reasons: dict[int, Freeze]) -> Group:
+    begin, end = spans[channels[0]]
+    index = spans[channels, :1] + np.arange(end - begin)
+    members = []
+    columns = which[index[0]]
+    for s in dict.fromkeys(columns.tolist()):
+        slot = slots[s]
+        blocks = slot.ids.shape[0] if slot.ids.ndim == 2 else 1
+        members.append(Member(slot.param, slot.dim, slot.role, where[index[:, columns == s]], blocks))
+    maker = next((m for m in members if m.role in ("out", "free")), members[0])
+    name = maker.param.rsplit(".", 1)[0] if maker.param.endswith(".weight") else maker.param
+    return Group(name, channels, tuple(members), reasons.get(int(channels[0])))
+
+
+def _numbered(group: Group) -> Group:
+    return Group(group.name, group.channels + 1, group.members, group.frozen)
+
+
+def _constraints(flow: Flow, channel: np.ndarray):
+    seen = set()
+    for node, arrays in flow.ids.splits.items():
+        for ids in arrays:
+            rows = _rows(channel[ids.numpy()])
+            if rows is not None and rows.tobytes() not in seen:
+                seen.add(rows.tobytes())
+                yield Constraint(node, rows)
+
+
+def _rows(grid: np.ndarray) -> np.ndarray | None:
+    """The distinct rows along the last varying axis; None if channels vary along one axis only."""
+    for axis in range(grid.ndim):
+        first = np.take(grid, [0], axis)
+        if (grid == first).all():
+            grid = first
+    grid = grid.reshape([n for n in grid.shape if n > 1] or [1])
+    if grid.ndim < 2 or not grid.any():
+        return None
+    rows = grid.reshape(-1, grid.shape[-1])
+    _, first = np.unique(rows, axis=0, return_index=True)
+    rows = rows[np.sort(first)]
+    return rows if len(rows) > 1 else None
+
+
+def _pieces(flow: Flow, channel: np.ndarray):
+    for ids in flow.ids.pieces:
+        found = np.unique(channel[ids.numpy()])
+        if len(found) and found[0] > 0:
+            yield found
+
+
+def _unique(arrays) -> list[np.ndarray]:
+    return list({array.tobytes(): array for array in arrays}.values())

@@ -1,0 +1,130 @@
+"""Example inputs: the user's, or the usual ones for the first layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import FxpruneError, InputError
+from .rules import Rules
+from .trace import trace
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments of forward. ``guessed`` says where they came from when they were not given."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    guessed: str = ""
+
+    def describe(self) -> str:
+        """``2x3x224x224`` for each tensor."""
+        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors)
+
+    def spec(self) -> Any:
+        """Shapes and dtypes as plain data, for a plan."""
+        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
+        simple = not self.kwargs and len(tensors) == len(self.args)
+        return [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in tensors] if simple else None
+
+
+def given(example_inputs: Any) -> Inputs:
+    """A tensor, a tuple of arguments, or a dict of keyword arguments."""
+    if isinstance(example_inputs, Mapping):
+        return Inputs((), dict(example_inputs))
+    if isinstance(example_inputs, (tuple, list)):
+        return Inputs(tuple(example_inputs), {})
+    if isinstance(example_inputs, Tensor):
+        return Inputs((example_inputs,), {})
+    raise InputError(
+        f"example_inputs is a {type(example_inputs).__name__}",
+        hint="pass a tensor, a tuple of forward's arguments, or a dict of keyword arguments",
+    )
+
+
+def of_spec(spec: Any) -> Inputs:
+    """Inputs of the shapes a plan was made with."""
+    return Inputs(tuple(torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in spec), {})
+
+
+def traced(model: nn.Module, example_inputs: Any, rules: Rules):
+    """The traced graph, and the inputs it was traced on; the usual ones are tried where none are given."""
+    if example_inputs is not None:
+        inputs = given(example_inputs)
+        return trace(model, inputs.args, inputs.kwargs, rules=rules), inputs
+    failures: list[tuple[str, FxpruneError]] = []
+    for inputs in candidates(model):
+        try:
+            return trace(model, inputs.args, inputs.kwargs, rules=rules), inputs
+        except InputError as error:
+            failures.append((inputs.describe(), error))
+    details = [(shape, error.fault) for shape, error in failures[:4]]
+    raise InputError(
+        f"no usual input fits {type(model).__name__}", details=details, hint="pass example_inputs=(x,) as forward takes them"
+    )
+
+
+def candidates(model: nn.Module) -> Iterator[Inputs]:
+    """The usual inputs for the model's first layer, most likely first; all on the meta device."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for why, shape in dict.fromkeys(_shapes(model)):
+        made = torch.empty(shape, device="meta", dtype=torch.int64 if why == "Embedding" else dtype)
+        yield Inputs((made,), {}, why)
+
+
+def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    size = (getattr(model, "default_cfg", None) or {}).get("input_size")
+    if size:
+        yield "default_cfg", (2, *size)
+    first = next((m for m in model.modules() if _width(m)), None)
+    if first is None:
+        yield "an image", (2, 3, 224, 224)
+        return
+    name, width = type(first).__name__, _width(first)
+    usual: dict[int, tuple[int, ...]] = {1: (1024, 256, 16000, 128), 2: (224, 32, 28, 64, 299, 512), 3: (112, 64, 32, 224)}
+    rank = 0
+    if isinstance(first, nn.modules.conv._ConvNd):
+        rank = len(first.kernel_size)
+    for side in usual.get(rank, ()):
+        if rank == 3:
+            yield name, (2, width, 16, side, side)
+        yield name, (2, width, *[side] * rank)
+    if isinstance(first, nn.Embedding):
+        yield "Embedding", (2, 16)
+    elif rank == 0:
+        yield name, (2, width)
+        yield name, (2, 16, width)
+        yield "an image", (2, 3, 224, 224)
+        yield "an image", (2, 1, 28, 28)
+
+
+def _width(module: nn.Module) -> int:
+    for key in ("in_channels", "in_features", "input_size", "num_embeddings"):
+        value = getattr(module, key, None)
+        if isinstance(value, int) and list(module.parameters(recurse=False)):
+            return value
+    return 0
+
+
+def random_like(inputs: Inputs, *, dtype: torch.dtype | None, device: torch.device, seed: int = 0) -> Inputs:
+    """The same structure with real values: those given, or normal noise for meta tensors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def fill(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_floating_point():
+            real = torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.detach()
+            return real.to(device)
+        real = torch.randn(value.shape, generator=generator, dtype=torch.float64) if value.is_meta else value.detach()
+        return real.to(device=device, dtype=dtype or value.dtype)
+
+    args, kwargs = pytree.tree_map(fill, (inputs.args, inputs.kwargs))
+    return Inputs(args, kwargs, inputs.guessed)

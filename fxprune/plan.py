@@ -1,0 +1,101 @@
+"""A plan: what is kept of every parameter, as a file can hold it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from .errors import PlanError
+
+Kept = list[int] | list[list[int]]
+
+
+class GroupPlan(BaseModel):
+    """What was decided for one group: how many channels it has, keeps, and why not fewer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    size: int
+    kept: int
+    reason: str = ""
+    scores: list[float] | None = None
+
+
+class Plan(BaseModel):
+    """Kept indices of each parameter and buffer that gets narrower, per dim.
+
+    ``kept["conv2.weight"][0]`` lists the kept indices of dim 0. Where blocks of a grouped layer
+    keep different indices, it holds one list a block (all of the same length). ``shapes`` and
+    ``fingerprint`` say which model the plan is for.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    format: int = 1
+    fxprune: str = ""
+    torch: str = ""
+    model: str = ""
+    fingerprint: str = ""
+    shapes: dict[str, list[int]] = Field(default_factory=dict)
+    inputs: Any = None
+    criterion: str = ""
+    rate: float | None = None
+    scope: str = "local"
+    mixing: str = "norms"
+    kept: dict[str, dict[int, Kept]] = Field(default_factory=dict)
+    groups: list[GroupPlan] = Field(default_factory=list)
+
+    def to_json(self, *, indent: int | None = None) -> str:
+        """The plan as JSON; `Plan.from_json` reads it back equal."""
+        return self.model_dump_json(indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan; `PlanError` where the text is not one."""
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the file"
+            raise PlanError(f"not a plan: {where}: {first['msg']}", hint="write plans with plan.to_json()") from None
+
+    @property
+    def removed(self) -> int:
+        """How many channels go."""
+        return sum(group.size - group.kept for group in self.groups)
+
+    def check_fits(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `PlanError` with the differences if the plan is for another model."""
+        shapes = shapes_of(tensors)
+        if fingerprint(shapes) == self.fingerprint:
+            return
+        wrong = list(_differences(self.shapes, shapes))
+        raise PlanError(
+            f"the plan is for another model: {len(wrong)} parameters differ",
+            details=[("differs", text) for text in wrong[:8]] + ([("", f"and {len(wrong) - 8} more")] if wrong[8:] else []),
+            hint=f"the plan was made for {self.model}; apply it to a model built the same way",
+        )
+
+
+def _differences(planned: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> Iterable[str]:
+    for name in planned.keys() - found.keys():
+        yield f"{name} {planned[name]} is not in the model"
+    for name in found.keys() - planned.keys():
+        yield f"{name} {found[name]} is not in the plan"
+    for name in planned.keys() & found.keys():
+        if planned[name] != found[name]:
+            yield f"{name} is {found[name]}, planned for {planned[name]}"
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def fingerprint(shapes: Mapping[str, list[int]]) -> str:
+    """A hash of names and shapes: models of one architecture share it, whatever their weights."""
+    text = json.dumps(sorted(shapes.items()), separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,78 @@
+"""The pruned network: an `fx.GraphModule` that knows its plan, and pickles without tracing again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from .plan import Plan
+
+
+@dataclass
+class Info:
+    """``pruned.fxprune``: the plan that was applied and the report of what came out."""
+
+    plan: Plan
+    report: Any = None
+
+
+@dataclass(frozen=True)
+class _Ref:
+    name: str
+
+
+class PrunedModule(fx.GraphModule):
+    """What `prune` returns. It copies, pickles and trains like any module."""
+
+    @property
+    def fxprune(self) -> Info:
+        return self.meta["fxprune"]
+
+    def __reduce__(self):
+        state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")}
+        return _rebuild, (state, _nodes(self.graph), self.__dict__.get("_name", type(self).__name__))
+
+
+def _nodes(graph: fx.Graph) -> list[tuple]:
+    """The graph as plain data: nodes with references by name."""
+
+    def refs(args: Any) -> Any:
+        return fx.node.map_aggregate(args, lambda a: _Ref(a.name) if isinstance(a, fx.Node) else a)
+
+    return [(n.op, n.name, n.target, refs(n.args), refs(n.kwargs), n.meta.get("source")) for n in graph.nodes]
+
+
+def _rebuild(state: dict[str, Any], nodes: list[tuple], name: str) -> PrunedModule:
+    graph = fx.Graph()
+    made: dict[str, fx.Node] = {}
+
+    def back(args: Any) -> Any:
+        return _map_refs(args, made)
+
+    for op, node_name, target, args, kwargs, source in nodes:
+        made[node_name] = graph.create_node(op, target, back(args), back(kwargs), node_name)
+        made[node_name].meta["source"] = source
+    root = nn.Module()
+    root.__dict__.update(state)
+    module = PrunedModule(root, graph, name)
+    for key in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "meta"):
+        module.__dict__[key] = state[key]
+    module.__dict__["training"] = state["training"]
+    return module
+
+
+def _map_refs(args: Any, made: dict[str, fx.Node]) -> Any:
+    if isinstance(args, _Ref):
+        return made[args.name]
+    if isinstance(args, tuple):
+        items = [_map_refs(a, made) for a in args]
+        return type(args)(*items) if hasattr(args, "_fields") else tuple(items)
+    if isinstance(args, list):
+        return [_map_refs(a, made) for a in args]
+    if isinstance(args, dict):
+        return {k: _map_refs(v, made) for k, v in args.items()}
+    if isinstance(args, slice):
+        return slice(*(_map_refs(a, made) for a in (args.start, args.stop, args.step)))
+    return args

@@ -1,0 +1,78 @@
+"""What came out: for people to read, and for programs as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .verify import Verification
+
+
+@dataclass(frozen=True)
+class Row:
+    """One group in the report. ``reason`` says why it gave less than asked, or nothing at all."""
+
+    name: str
+    size: int
+    kept: int
+    layers: int
+    reason: str = ""
+
+
+@dataclass
+class Report:
+    """The result of a pruning. Parameters are counted once where tied; MACs (multiply-accumulates
+    of convolutions and linear layers) are for one item of the batch."""
+
+    model: str
+    criterion: str
+    rate: float | None
+    scope: str
+    frontend: str
+    inputs: str
+    guessed: str
+    groups: list[Row] = field(default_factory=list)
+    params: tuple[int, int] = (0, 0)
+    macs: tuple[int, int] = (0, 0)
+    warnings: list[str] = field(default_factory=list)
+    verification: Verification | None = None
+
+    @property
+    def channels(self) -> tuple[int, int]:
+        """Channels before and after."""
+        return sum(r.size for r in self.groups), sum(r.kept for r in self.groups)
+
+    def shortfalls(self) -> list[Row]:
+        """Groups that gave less than was asked, with the reason."""
+        return [row for row in self.groups if row.reason]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        from dataclasses import asdict
+
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.model} pruned by {self.criterion}"
+            + (f" at {self.rate:g}" if self.rate is not None else "")
+            + f" ({self.scope}), {self.frontend} trace on {self.inputs}"
+            + (f", guessed from {self.guessed}" if self.guessed else ""),
+            _change("channels", *self.channels),
+            _change("parameters", *self.params),
+            _change("MACs", *self.macs),
+            f"  verified    {self.verification or 'no'}",
+        ]
+        lines += [f"  warning     {text}" for text in self.warnings]
+        short = self.shortfalls()
+        if short:
+            lines.append(f"  {len(short)} of {len(self.groups)} groups gave less than asked:")
+            width = max(len(row.name) for row in short[:12])
+            lines += [f"    {row.name:<{width}}  {row.kept:>5} of {row.size:<5} kept  {row.reason}" for row in short[:12]]
+            lines += [f"    and {len(short) - 12} more"] if len(short) > 12 else []
+        return "\n".join(lines)
+
+
+def _change(label: str, before: int, after: int) -> str:
+    share = f"{after / before:.1%} left" if before else ""
+    return f"  {label:<11} {before:>14,} -> {after:>14,}  {share}"

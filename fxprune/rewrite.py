@@ -1,0 +1,367 @@
+"""Step `rewrite`: write a second graph in which the channels are gone."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from . import literals, movement
+from .flow import Flow
+from .ids import Layer, Value
+from .letters import DimsUse, new_size
+from .literals import Call, Context
+from .plan import Kept
+from .pruned import PrunedModule
+from .rules import Use
+from .shuffle import find_gather
+from .trace import sweep
+from .widths import RewriteError, Widths, gather
+
+_COMPUTED_SIZES = ("reshape", "move", "fill", "cat", "pad", "assign")
+
+
+def rewrite(model: nn.Module, flow: Flow, kept_ids: Tensor, kept: Mapping[str, dict[int, Kept]]) -> PrunedModule:
+    """A new module: `flow.graph` without the channels whose ids are not in the mask `kept_ids`.
+
+    `kept` says the same of parameters, per dim. Each kept slice is copied once; the model and its
+    graph are not touched. Raises `RewriteError` at a node where the choice cannot be written.
+    """
+    writer = _Writer(model, flow, kept_ids, kept)
+    for node in flow.graph.graph.nodes:
+        writer.write(node)
+    sweep(writer.graph)
+    return writer.module()
+
+
+class _Writer:
+    def __init__(self, model: nn.Module, flow: Flow, kept_ids: Tensor, kept: Mapping[str, dict[int, Kept]]):
+        self.model, self.flow, self.kept = model, flow, kept
+        self.old = flow.graph
+        self.widths = Widths(flow, kept_ids)
+        self.graph = fx.Graph()
+        self.env: dict[fx.Node, Any] = {}
+        self.numbers: dict[fx.Node, Any] = {}
+        self.root: dict[str, Any] = {}
+        self.tensors: dict[int, Tensor] = {}
+        self.constants: dict[str, Tensor] = {}
+        self.modules = dict(self.old.named_modules())
+        self.aliases: dict[str, str] = self.old.meta.get("fxprune_aliases", {})
+        self.dropped = self._replaced_by_gathers()
+
+    def _replaced_by_gathers(self) -> set[fx.Node]:
+        active = [g for g in self.flow.gathers.values() if self.widths.changed(self.widths.value(g.source))]
+        return {node for g in active for node in g.inside}
+
+    # -- nodes -----------------------------------------------------------------------------------
+
+    def write(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            self.env[node] = self.graph.node_copy(node)
+        elif node.op == "output":
+            self.graph.output(self.mapped(node.args[0]))
+        elif node.op == "get_attr":
+            self.get_attr(node)
+        elif node in self.flow.gathers and node in self.dropped:
+            self.gathered(node)
+        elif node in self.dropped:
+            return
+        elif not _is_tensor(node) and node.target is not operator.setitem:
+            self.number(node)
+        else:
+            self.call(node)
+        if isinstance(self.env.get(node), fx.Node):
+            self.env[node].meta["source"] = node.meta.get("source")
+
+    def mapped(self, args: Any) -> Any:
+        return fx.node.map_aggregate(args, lambda a: self.env[a] if isinstance(a, fx.Node) else a)
+
+    def number(self, node: fx.Node) -> None:
+        """Sizes and what is computed from them."""
+        old = node.meta["val"]
+        if any(operand not in self.env for operand in node.all_input_nodes):
+            self.env[node] = self.numbers[node] = old
+            return
+        self.numbers[node] = self._new_number(node, old)
+        if node.op == "call_function" and isinstance(node.target, type):
+            self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
+            return
+        self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
+
+    def _new_number(self, node: fx.Node, old: Any) -> Any:
+        value = self.widths.value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        if isinstance(value, Value):
+            if not isinstance(old, int) or isinstance(old, bool):
+                return old
+            shape = self.widths.shape(node.args[0], value)
+            dim = node.args[1] if len(node.args) > 1 else None
+            return shape[dim] if isinstance(dim, int) else torch.Size(shape).numel()
+        args = fx.node.map_aggregate(node.args, lambda a: self.numbers.get(a, a) if isinstance(a, fx.Node) else a)
+        try:
+            return node.target(*args) if callable(node.target) else old
+        except (TypeError, ValueError, ArithmeticError):
+            return old
+
+    def get_attr(self, node: fx.Node) -> None:
+        if isinstance(node.meta["val"], Tensor):
+            name = self.aliases.get(node.target, node.target)
+            self.root[node.target] = self.tensor(name, node.meta["val"])
+        else:
+            self.numbers[node] = node.meta["val"]
+        self.env[node] = self.graph.create_node("get_attr", node.target, (), {}, node.name)
+
+    def gathered(self, node: fx.Node) -> None:
+        """A shuffle's place is taken by one gather."""
+        found = self.flow.gathers[node]
+        source = self.widths.value(found.source)
+        mask = self.widths.along(source, found.dim)
+        assert mask is not None
+        positions = found.positions[mask[found.positions]]
+        self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node.name)
+
+    def _gather(self, source: fx.Node, dim: int, positions: Tensor, mask: Tensor, name: str) -> fx.Node:
+        rank = torch.cumsum(mask, 0) - 1
+        index = rank[positions]
+        if torch.equal(index, torch.arange(int(mask.sum()))):
+            return source
+        constant = f"_gather_{name}"
+        self.constants[constant] = index
+        at = self.graph.get_attr(constant)
+        return self.graph.call_function(torch.index_select, (source, dim, at))
+
+    def call(self, node: fx.Node) -> None:
+        use = self.flow.rules.get(node)
+        if use is None:
+            self.env[node] = self._emit(node.op, node.target, node.args, node.kwargs, node)
+            return
+        call = Call(node, use, node.op, node.target, tuple(node.args), dict(node.kwargs))
+        if use.rule.kind in _COMPUTED_SIZES:
+            self.movement(call)
+        else:
+            call.args, call.kwargs = self.pinned(call.args), self.pinned(call.kwargs)
+            if node in self.flow.uses:
+                self.sized(call, self.flow.uses[node])
+            self.env[node] = self._emit(call.op, call.target, call.args, call.kwargs, node, call.attrs)
+
+    def pinned(self, args: Any) -> Any:
+        """Numbers that would change with the widths stay what the original computed with."""
+
+        def pin(arg):
+            if isinstance(arg, fx.Node) and arg in self.numbers:
+                old = arg.meta["val"]
+                return old if isinstance(old, (int, float)) and self.numbers[arg] != old else arg
+            return arg
+
+        return fx.node.map_aggregate(args, pin)
+
+    def sized(self, call: Call, use: DimsUse) -> None:
+        """Attributes and arguments that hold the sizes of letters."""
+        for key, text in use.rule.sizes.items():
+            value = self._letters_size(use, text)
+            if call.op == "call_module":
+                call.attrs[key] = value
+            elif key in call.use.arguments:
+                self._set_size(call, key, value)
+        for key, letter in use.rule.pins.items():
+            size = use.binding.sizes[letter]
+            if self._letters_size(use, letter) != size and call.use.bound(call.args, call.kwargs).get(key) is None:
+                call.kwargs[key] = size**-0.5
+
+    def _letters_size(self, use: DimsUse, text: str) -> Any:
+        def size(letter: str) -> int:
+            return new_size(letter, use.layers, self.widths.kept, use.binding.sizes[letter])
+
+        if text.startswith("*"):
+            names = [n for n in use.binding.sizes if n.rstrip("0123456789") == text[1:] and n != text[1:]]
+            return tuple(size(name) for name in sorted(names, key=lambda n: int(n[len(text) - 1 :])))
+        product = 1
+        for letter in text.split():
+            product *= size(letter)
+        return product
+
+    def _set_size(self, call: Call, key: str, value: Any) -> None:
+        bound = call.use.bound(call.args, call.kwargs)
+        if key not in bound:
+            return
+        given = bound[key]
+        if isinstance(given, fx.Node) and self.numbers.get(given) == value:
+            return
+        if isinstance(given, (list, tuple)):
+            value = [g if isinstance(g, fx.Node) and self.numbers.get(g) == v else v for g, v in zip(given, value, strict=True)]
+        at = call.use.arguments.index(key)
+        if key in call.kwargs:
+            call.kwargs[key] = value
+        else:
+            call.args = (*call.args[:at], value, *call.args[at + 1 :])
+
+    # -- movements -------------------------------------------------------------------------------
+
+    def movement(self, call: Call) -> None:
+        node, rule = call.node, call.use.rule
+        source = self.widths.value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        source = source if isinstance(source, Value) else Value(())
+        if rule.fix:
+            literals.FIXES[rule.fix](call, Context(self.widths, lambda n: self.numbers.get(n), source))
+        if rule.kind == "move" and not call.gathers and self.widths.changed(source):
+            if not self.delivers(call, source):
+                return self.by_gather(node)
+        env = self.env
+        if call.gathers:
+            taken = self._pregathered(call, source)
+            if call.op == "gathered":
+                self.env[node] = taken
+                return
+            env = {**env, node.args[0]: taken}
+        self.env[node] = self._emit(call.op, call.target, call.args, call.kwargs, node, call.attrs, env)
+
+    def _pregathered(self, call: Call, source: Value) -> fx.Node:
+        taken = self.env[call.node.args[0]]
+        for dim, positions in call.gathers:
+            mask = self.widths.along(source, dim)
+            assert mask is not None
+            taken = self._gather(taken, dim, positions, mask, f"{call.node.name}_{dim}")
+        return taken
+
+    def delivers(self, call: Call, source: Value) -> bool:
+        """Whether the corrected call puts the kept channels where they should be."""
+        wanted = self._outputs(call.node)
+        shapes = [self.widths.shape(call.node, value) for value in wanted]
+        shape = self.widths.shape(call.node.args[0], source)
+        for k, layer in enumerate(self.widths.layers(source)):
+            ids = self.widths.compact(call.node.args[0], layer)
+            found = movement.move(ids, shape, lambda x: self._run(call, x), shapes)
+            if found is None:
+                return False
+            for value, ids_out in zip(wanted, found, strict=True):
+                if not self._same(call.node, value, k, len(source.layers), ids_out):
+                    return False
+        return True
+
+    def _same(self, node: fx.Node, value: Value, k: int, count: int, found: Tensor) -> bool:
+        layers = [la for la in value.layers if la.varying]
+        if len(layers) != count:
+            return True
+        wanted = self.widths.compact(node, layers[k])
+        shape = torch.broadcast_shapes(wanted.shape, found.shape)
+        return torch.equal(wanted.expand(shape), found.expand(shape))
+
+    def _outputs(self, node: fx.Node) -> list[Value]:
+        leaves = pytree.tree_leaves(self.widths.value(node), is_leaf=lambda v: isinstance(v, Value))
+        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+
+    def _run(self, call: Call, ids: Tensor) -> Any:
+        def concrete(arg):
+            return self.numbers.get(arg, arg.meta["val"]) if isinstance(arg, fx.Node) else arg
+
+        args, kwargs = fx.node.map_aggregate(call.args[1:], concrete), fx.node.map_aggregate(call.kwargs, concrete)
+        if call.op == "call_module":
+            return self.modules[call.target](ids)
+        if call.op == "call_method":
+            return getattr(ids, call.target)(*args, **kwargs)
+        return call.target(ids, *args, **kwargs)
+
+    def by_gather(self, node: fx.Node) -> None:
+        found = find_gather(node, self.flow.values, self._rerun)
+        if found is None or found.source is not node.args[0]:
+            raise RewriteError(node, f"the order of channels after %{node.name} cannot be kept")
+        mask = self.widths.along(self.widths.value(found.source), found.dim)
+        if mask is None:
+            raise RewriteError(node, f"channels spread over several dims are moved at %{node.name}")
+        positions = found.positions[mask[found.positions]]
+        self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node.name)
+
+    def _rerun(self, node: fx.Node, ids: Tensor, shape):
+        outputs = [tuple(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+        call = Call(node, self.flow.rules[node], node.op, node.target, tuple(node.args), dict(node.kwargs))
+
+        def run(x):
+            old = fx.node.map_aggregate((call.args[1:], call.kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
+            if call.op == "call_module":
+                return self.modules[call.target](x)
+            if call.op == "call_method":
+                return getattr(x, call.target)(*old[0], **old[1])
+            return call.target(x, *old[0], **old[1])
+
+        return movement.move(ids, shape, run, outputs)
+
+    # -- emitting --------------------------------------------------------------------------------
+
+    def _emit(self, op: str, target: Any, args: Any, kwargs: Any, node: fx.Node, attrs: Any = None, env=None) -> fx.Node:
+        env = self.env if env is None else env
+        args, kwargs = (fx.node.map_aggregate(a, lambda x: env[x] if isinstance(x, fx.Node) else x) for a in (args, kwargs))
+        if op == "call_module" and target not in self.root:
+            self.root[target] = self.submodule(target, attrs or {})
+        return self.graph.create_node(op, target, args, kwargs, node.name)
+
+    def submodule(self, target: str, attrs: dict[str, Any]) -> nn.Module:
+        """A copy of a leaf module with narrow parameters and corrected attributes."""
+        old = self.model.get_submodule(target)
+        new = copy.copy(old)
+        for table in ("_parameters", "_buffers"):
+            new.__dict__[table] = {
+                name: None if t is None else self.tensor(self._name(f"{target}.{name}"), t)
+                for name, t in getattr(old, table).items()
+            }
+        new.__dict__["_modules"] = dict(old._modules)
+        for name in ("_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set"):
+            new.__dict__[name] = copy.copy(getattr(old, name))
+        if hasattr(old, "_flat_weights_names"):  # recurrent modules list their weights a second time
+            new.__dict__["_flat_weights"] = [new._parameters.get(n) for n in old._flat_weights_names]
+        for key, value in attrs.items():
+            if hasattr(old, key):
+                setattr(new, key, value)
+        return new
+
+    def _name(self, name: str) -> str:
+        return self.aliases.get(name, name)
+
+    def tensor(self, name: str, old: Tensor) -> Tensor:
+        """The kept slices of a parameter or buffer; tied tensors stay tied."""
+        if id(old) not in self.tensors:
+            new = gather(old.detach(), self.kept.get(name, {}))
+            if new.data_ptr() == old.data_ptr() or new is old:
+                new = new.clone()
+            if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
+                new = new.contiguous(memory_format=torch.channels_last)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+            self.tensors[id(old)] = new
+        return self.tensors[id(old)]
+
+    def module(self) -> PrunedModule:
+        root: dict[str, Any] = {**self.root, **self.constants, "training": self.model.training}
+        names = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
+        module = PrunedModule({k: v for k, v in root.items() if k in names or k == "training"}, self.graph, type(self.model).__name__)
+        self._mark_buffers(module)
+        for name, child in module.named_modules():
+            if name not in self.root:
+                child.training = _training(self.model, name)
+        module.training = self.model.training
+        return module
+
+    def _mark_buffers(self, module: PrunedModule) -> None:
+        hidden = set(self.constants) | {n for n in self.root if n.startswith("_tensor_constant")}
+        for prefix, owner in self.model.named_modules():
+            hidden |= {f"{prefix}.{n}".lstrip(".") for n in owner._non_persistent_buffers_set}
+        for name in hidden & {n for n, _ in module.named_buffers(remove_duplicate=False)}:
+            owner, _, field = name.rpartition(".")
+            module.get_submodule(owner)._non_persistent_buffers_set.add(field)
+
+
+def _training(model: nn.Module, name: str) -> bool:
+    try:
+        return model.get_submodule(name).training
+    except AttributeError:
+        return model.training
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(node.meta["val"]))
+
+
+__all__ = ["Layer", "Use", "rewrite"]

@@ -1,0 +1,260 @@
+"""Step `select`: which channels stay.
+
+Channels are chosen by score within each group (``scope="local"``) or over all (``"global"``), under
+the constraints of flow: equal counts in the blocks of a grouped layer, at least one channel of each
+piece. Equal scores are broken by position, so every machine chooses the same.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from .groups import Constraint, Group, Groups
+
+Scope = Literal["local", "global"]
+SelectRule = Literal["rate", "cumulative", "threshold"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much to remove, from where.
+
+    ``rate``: share of channels removed. ``rates``: pattern -> rate, over it. ``rule``: "rate"
+    (the lowest scores), "cumulative" (the longest ascending prefix whose summed share is at most
+    the rate), "threshold" (Network Slimming: keep scores strictly above the one at the rate).
+    ``ignored``: group number -> why it is left alone.
+    """
+
+    rate: float = 0.0
+    scope: Scope = "local"
+    rule: SelectRule = "rate"
+    rates: Mapping[str, float] = field(default_factory=dict)
+    ignored: Mapping[int, str] = field(default_factory=dict)
+    min_channels: int = 1
+    max_rate: float = 1.0
+    round_to: int = 1
+
+
+@dataclass
+class Selection:
+    """``kept``: channel number -> whether it stays. ``reasons``: group -> why it gave less than asked."""
+
+    kept: np.ndarray
+    reasons: dict[int, str]
+
+
+@dataclass
+class _Family:
+    """Groups that constraints bind together; most are a single group."""
+
+    groups: list[int]
+    constraints: list[Constraint]
+
+
+def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -> Selection:
+    """Choose the channels to keep of every group in `groups`."""
+    kept = np.ones(int(groups.channel.max()) + 1, bool)
+    reasons: dict[int, str] = {}
+    asked = {i: group_rate(group, options) for i, group in enumerate(groups.groups) if i in scores}
+    wanted = _wanted(groups, scores, asked, options)
+    for family in _families(groups, scores):
+        _choose(groups, family, scores, wanted, options, kept, reasons)
+    _keep_one(groups, scores, kept)
+    _restore_broken(groups, scores, kept, reasons)
+    for i, rate in asked.items():
+        _explain_shortfall(groups, i, rate, kept, options, reasons)
+    return Selection(kept, reasons)
+
+
+def group_rate(group: Group, options: Options) -> float:
+    """The rate asked of a group: the last pattern that matches one of its layers."""
+    rate = options.rate
+    for pattern, value in options.rates.items():
+        if any(fnmatch.fnmatchcase(name, pattern) for name in layer_names(group)):
+            rate = value
+    return rate
+
+
+def layer_names(group: Group) -> list[str]:
+    """The layers that make a group's channels, and their parameters' names."""
+    makers = [m.param for m in group.members if m.role in ("out", "free")]
+    return [name for param in makers for name in (param, param.rpartition(".")[0])]
+
+
+def _wanted(groups: Groups, scores, asked: Mapping[int, float], options: Options) -> dict[int, int]:
+    """How many channels each group should lose, before constraints."""
+    allowed = {i: rate for i, rate in asked.items() if i not in options.ignored}
+    if options.rule == "cumulative":
+        wanted = {i: _cumulative(scores[i], rate) for i, rate in allowed.items()}
+    elif options.scope == "global" or options.rule == "threshold":
+        wanted = _global(scores, allowed, options)
+    else:
+        wanted = {i: _count(len(scores[i]) * rate) for i, rate in allowed.items()}
+    return {i: wanted.get(i, 0) for i in asked}
+
+
+def _count(share: float) -> int:
+    return int(math.floor(share + 1e-9))
+
+
+def _cumulative(scores: np.ndarray, rate: float) -> int:
+    total = scores.sum()
+    shares = np.sort(scores / total if total > 0 else np.full(len(scores), 1 / len(scores)))
+    return int(np.searchsorted(np.cumsum(shares), rate + 1e-12, side="right"))
+
+
+def _global(scores, allowed: Mapping[int, float], options: Options) -> dict[int, int]:
+    """One cut through all channels; groups with a rate of their own are cut apart."""
+    apart = {i: _count(len(scores[i]) * rate) for i, rate in allowed.items() if rate != options.rate}
+    shared = [i for i in allowed if i not in apart]
+    if not shared:
+        return apart
+    flat = np.concatenate([scores[i] for i in shared])
+    owner = np.concatenate([np.full(len(scores[i]), i) for i in shared])
+    order = np.argsort(flat, kind="stable")
+    count = _count(len(flat) * options.rate)
+    if options.rule == "threshold":
+        cut = flat[order[min(count, len(flat) - 1)]]
+        gone = flat <= cut
+    else:
+        gone = np.zeros(len(flat), bool)
+        gone[order[:count]] = True
+    return {**apart, **{i: int(gone[owner == i].sum()) for i in shared}}
+
+
+def _families(groups: Groups, scores) -> list[_Family]:
+    """Connect the groups that share a constraint."""
+    owner = np.full(int(groups.channel.max()) + 1, -1)
+    for i in scores:
+        owner[groups.groups[i].channels] = i
+    parent = {i: i for i in scores}
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            i = parent[i]
+        return i
+
+    touched = [(c, np.unique(owner[c.rows])) for c in groups.constraints]
+    touched = [(c, members[members >= 0]) for c, members in touched]
+    for _, members in touched:
+        for member in members[1:]:
+            parent[root(int(member))] = root(int(members[0]))
+    families: dict[int, _Family] = {}
+    for i in scores:
+        families.setdefault(root(i), _Family([], [])).groups.append(i)
+    for constraint, members in touched:
+        if len(members):
+            families[root(int(members[0]))].constraints.append(constraint)
+    return list(families.values())
+
+
+def _choose(groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons: dict[int, str]) -> None:
+    if family.constraints:
+        _choose_bound(groups, family, scores, wanted, options, kept, reasons)
+        return
+    (i,) = family.groups
+    count = _allowed(len(scores[i]), wanted[i], options)
+    order = np.argsort(scores[i], kind="stable")
+    kept[groups.groups[i].channels[order[:count]]] = False
+
+
+def _allowed(size: int, count: int, options: Options, *, step: int = 1) -> int:
+    """How many of `size` channels may go when `count` should: floors, caps and rounding."""
+    count = min(count, size - min(max(options.min_channels, 1), size), _count(size * options.max_rate))
+    if options.round_to > 1:
+        left = size - count
+        whole = math.lcm(options.round_to, step)
+        left = min(size, math.ceil(left / whole) * whole)
+        count = size - left
+    return max(count - count % step, 0)
+
+
+def _choose_bound(groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons) -> None:
+    """Rows that partition the family are cut to one count each; anything else is a small integer program."""
+    channels = np.concatenate([groups.groups[i].channels for i in family.groups])
+    value = np.concatenate([_normal(scores[i]) for i in family.groups])
+    ignored = np.concatenate([np.full(len(scores[i]), i in options.ignored) for i in family.groups])
+    gone = sum(wanted[i] for i in family.groups)
+    rows = _finest(family.constraints, channels)
+    if rows is not None and not ignored.any():
+        share = min(gone / len(channels), max(options.max_rate, 0.0))
+        size = rows.shape[1]
+        count = _allowed(rows.size, _count(size * share) * len(rows), options, step=len(rows)) // len(rows)
+        place = {c: k for k, c in enumerate(channels.tolist())}
+        for row in rows:
+            order = np.argsort([value[place[c]] for c in row.tolist()], kind="stable")
+            kept[row[order[: min(count, size - 1)]]] = False
+    else:
+        from .program import solve
+
+        limit = _allowed(len(channels), gone, options)
+        kept[channels] = solve(channels, np.where(ignored, np.inf, value), family.constraints, limit)
+    for i in family.groups:
+        c = family.constraints[0]
+        reasons[i] = f"keeps equal counts in {len(c.rows)} blocks of {c.rows.shape[1]} (%{c.node.name})"
+
+
+def _finest(constraints: Sequence[Constraint], channels: np.ndarray) -> np.ndarray | None:
+    """Rows that hold each channel of the family once and refine all constraints, if some do."""
+    finest = max(constraints, key=lambda c: len(c.rows)).rows
+    flat = np.sort(finest.reshape(-1))
+    if not np.array_equal(flat, np.sort(channels)):
+        return None
+    row_of = {c: r for r, row in enumerate(finest.tolist()) for c in row}
+    for constraint in constraints:
+        for row in constraint.rows.tolist():
+            if 0 in row:
+                return None
+            counts = np.bincount([row_of[c] for c in row], minlength=len(finest))
+            if not np.isin(counts, (0, finest.shape[1])).all():
+                return None
+    return finest
+
+
+def _normal(scores: np.ndarray) -> np.ndarray:
+    """Scores of bound groups on one scale: relative to the group's mean."""
+    mean = scores.mean()
+    return scores / mean if mean > 0 else scores
+
+
+def _keep_one(groups: Groups, scores, kept: np.ndarray) -> None:
+    """Give each piece that lost every channel its best one back, with those bound to it."""
+    best: dict[int, float] = {}
+    for i, values in scores.items():
+        best.update(zip(groups.groups[i].channels.tolist(), values.tolist(), strict=True))
+    for piece in groups.keep_one:
+        if not kept[piece].any():
+            kept[max(piece.tolist(), key=lambda c: best.get(c, 0.0))] = True
+
+
+def _restore_broken(groups: Groups, scores, kept: np.ndarray, reasons: dict[int, str]) -> None:
+    """Where no uneven choice could be made even, keep all channels of the groups bound together."""
+    for family in _families(groups, scores):
+        for constraint in family.constraints:
+            counts = kept[constraint.rows].sum(1)
+            if counts.min() != counts.max() or not counts.min():
+                for i in family.groups:
+                    kept[groups.groups[i].channels] = True
+                    reasons[i] = f"no equal counts were found in the blocks of %{constraint.node.name}"
+
+
+def _explain_shortfall(groups: Groups, i: int, rate: float, kept, options: Options, reasons: dict[int, str]) -> None:
+    group = groups.groups[i]
+    gone = len(group) - int(kept[group.channels].sum())
+    if options.rule != "rate" or options.scope == "global" or gone >= _count(len(group) * rate):
+        if i in options.ignored:
+            reasons[i] = options.ignored[i]
+        elif gone >= _count(len(group) * rate) or options.scope == "global":
+            reasons.pop(i, None)
+        return
+    asked = f"asked {rate:.0%}, got {gone / len(group):.0%}"
+    why = options.ignored.get(i) or reasons.get(i)
+    if why is None:
+        why = f"round_to={options.round_to}" if options.round_to > 1 else "min_channels or max_rate"
+    reasons[i] = f"{asked}: {why}"
