@@ -89,9 +89,9 @@ def prune(
     )  # fmt: skip
     while True:
         _check_prunable(analysis)
-        made = _planned(analysis, name, function, reduce, options, ignore, watch)
+        made, kept = _planned(analysis, name, function, reduce, options, ignore, watch)
         try:
-            return _finish(analysis, made, verify, watch)
+            return _finish(analysis, made, kept, verify, watch)
         except RewriteError as error:
             _freeze_at(analysis, error)
 
@@ -174,28 +174,32 @@ def plan(
         rate=rate, scope=scope, rule=select_by, rates=dict(rates or {}), min_channels=min_channels,
         max_rate=max_rate, round_to=round_to,
     )  # fmt: skip
-    return _planned(analysis, name, function, reduce, options, ignore, silent, with_scores=scores)
+    return _planned(analysis, name, function, reduce, options, ignore, silent, with_scores=scores)[0]
 
 
 def _planned(
     analysis: Analysis, name: str, function: Criterion, reduce: Reduce, options: Options, ignore: Ignore,
     watch: Watch, *, with_scores: bool = False,
-) -> Plan:  # fmt: skip
+) -> tuple[Plan, Tensor]:  # fmt: skip
+    """The plan, and the mask of kept ids it was written from."""
     ignored = _ignored(analysis, ignore)
     _check_patterns(analysis, options.rates)
     scores = score(analysis.all_groups, analysis.tensors, name, function, reduce=reduce)
     watch("score", analysis, scores)
     options = Options(**{**options.__dict__, "ignored": ignored})
     selection = select(analysis.all_groups, scores, options)
-    made = _write_plan(analysis, selection, name, options, scores if with_scores else {})
+    kept = _kept_ids(analysis, selection.kept)
+    made = _write_plan(analysis, selection, kept, name, options, scores if with_scores else {})
     watch("select", (analysis, scores), made)
-    return made
+    return made, kept
 
 
-def _write_plan(analysis: Analysis, selection: Selection, name: str, options: Options, scores) -> Plan:
+def _write_plan(
+    analysis: Analysis, selection: Selection, kept_ids: Tensor, name: str, options: Options, scores
+) -> Plan:
     from . import __version__
 
-    widths = Widths(analysis.flow, _kept_ids(analysis, selection.kept))
+    widths = Widths(analysis.flow, kept_ids)
     shapes = shapes_of(analysis.tensors)
     kept = {param: found for param in analysis.flow.ids.slots if (found := widths.kept_of(param))}
     rows = [_group_plan(analysis, i, selection, scores.get(i)) for i in range(len(analysis.groups))]
@@ -284,7 +288,7 @@ def apply(
     """Write the network a plan describes. `PlanError` if the plan is for another model, or breaks
     the couplings of this one."""
     analysis = _analysis_for(model, plan, example_inputs)
-    return _finish(analysis, plan, verify, watch)
+    return _finish(analysis, plan, _kept_by_plan(analysis, plan), verify, watch)
 
 
 def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis:
@@ -335,8 +339,7 @@ def _slot_mask(param: str, dim: int, shape, rows: Kept) -> np.ndarray:
     return mask
 
 
-def _finish(analysis: Analysis, plan: Plan, verify: Verify, watch: Watch) -> PrunedModule:
-    kept = _kept_by_plan(analysis, plan)
+def _finish(analysis: Analysis, plan: Plan, kept: Tensor, verify: Verify, watch: Watch) -> PrunedModule:
     pruned = rewrite(analysis.model, analysis.flow, kept, plan.kept)
     watch("rewrite", (analysis, plan), pruned)
     pruned.meta["fxprune"] = Info(plan, _report(analysis, plan, kept, pruned))

@@ -79,7 +79,7 @@ def groups(flow: Flow) -> Groups:
     label = _components(flow)
     reasons = _frozen(flow, label)
     slots = [slot for per in flow.ids.slots.values() for slot in per]
-    label = _freeze_unmade(label, slots, reasons)
+    _freeze_unmade(label, slots, reasons)
     found = _grouped(slots, label, reasons)
     channel = np.where(np.isin(label, list(reasons)), 0, label + 1) if reasons else label + 1
     channel[0] = 0
@@ -119,15 +119,17 @@ def _frozen(flow: Flow, label: np.ndarray) -> dict[int, Freeze]:
     return reasons
 
 
-def _freeze_unmade(label: np.ndarray, slots: list[Slot], reasons: dict[int, Freeze]) -> np.ndarray:
+def _freeze_unmade(label: np.ndarray, slots: list[Slot], reasons: dict[int, Freeze]) -> None:
     """Channels that no parameter makes (only reads) stay."""
-    made = [slot.ids.reshape(-1).numpy() for slot in slots if slot.role in ("out", "free")]
-    makers = set(np.unique(label[np.concatenate(made)]).tolist()) if made else set()
+    made = np.zeros(label.max() + 1, bool)
+    made[list(reasons)] = True
     for slot in slots:
-        for each in np.unique(label[slot.ids.reshape(-1).numpy()]).tolist():
-            if each not in makers and each not in reasons and each != label[0]:
-                reasons[each] = Freeze(slot.node, slot.ids, "is made by no parameter")
-    return label
+        if slot.role in ("out", "free"):
+            made[label[slot.ids.reshape(-1).numpy()]] = True
+    for slot in slots:
+        classes = label[slot.ids.reshape(-1).numpy()]
+        for each in classes[~made[classes]].tolist():
+            reasons.setdefault(each, Freeze(slot.node, slot.ids, "is made by no parameter"))
 
 
 def _grouped(slots: list[Slot], label: np.ndarray, reasons: dict[int, Freeze]) -> list[Group]:

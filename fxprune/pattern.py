@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .errors import RuleError
 
@@ -157,6 +158,13 @@ def bind(
 
     `sizes` gives letters that the shapes alone do not (``groups``), `ranks` the lengths of stars.
     """
+    plain = tuple(None if shape is None else tuple(shape) for shape in shapes)
+    given = (tuple(sorted((sizes or {}).items())), tuple(sorted((ranks or {}).items())))
+    return _bind(pattern, plain, tuple(output), *given)
+
+
+@lru_cache(maxsize=4096)
+def _bind(pattern: Pattern, shapes, output, sizes, ranks) -> Binding:
     for operand, shape in zip(pattern.inputs, shapes, strict=True):
         if shape is None and not operand.optional:
             raise RuleError(f"operand `{operand}` of `{pattern}` is missing")

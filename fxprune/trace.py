@@ -16,7 +16,7 @@ import linecache
 import operator
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from .errors import FxpruneError, InputError, TraceError
+from .pattern import bind
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain, traced
 
@@ -293,11 +294,14 @@ class _Tracer(TorchFunctionMode):
         versions = {id(t): t._version for t in _tensors((args, kwargs))}
         name = self.module_names[id(module)]
         node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
-        self.inside += 1
-        try:
-            value = call(module, *args, **kwargs)
-        finally:
-            self.inside -= 1
+        with torch._C.DisableTorchFunction():
+            value = unchanged_shape(self.rules, module, args, kwargs)
+        if value is None:
+            self.inside += 1
+            try:
+                value = call(module, *args, **kwargs)
+            finally:
+                self.inside -= 1
         node = self.create("call_module", name, node_args, node_kwargs)
         return self.opened(node, self.own(value, args, versions))
 
@@ -452,6 +456,30 @@ def _body_of(func: types.FunctionType) -> Callable | None:
 
 def _never(*_args) -> bool:
     return False
+
+
+def unchanged_shape(rules: Rules, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """The output of a module whose rule says that it has its one input's shape; None for others.
+
+    Saves running norms on the meta device, where torch decomposes them step by step. Parameters
+    that do not fit the input raise, as they would in a run.
+    """
+    use = rules.of_module(type(module))
+    if use is None or len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or not args[0].is_meta:
+        return None
+    rule, x = use.rule, args[0]
+    if rule.kind == "pointwise" and not module._parameters and rule.zero == "keeps":
+        return torch.empty_like(x)
+    if rule.kind != "dims" or rule.pattern.output != rule.pattern.inputs[0]:
+        return None
+    names = rule.operands[1:]
+    if any(ranks not in dir(module) for ranks in rule.ranks.values()):
+        return None
+    shapes = [x.shape, *(None if (t := getattr(module, name, None)) is None else t.shape for name in names)]
+    ranks = {letter: len(getattr(module, key)) for letter, key in rule.ranks.items()}
+    sizes = {text: getattr(module, key) for key, text in rule.sizes.items() if len(text.split()) == 1 and "*" not in text}
+    bind(rule.pattern, shapes, tuple(x.shape), sizes=sizes, ranks=ranks)
+    return torch.empty_like(x)
 
 
 def to_meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:

@@ -22,7 +22,8 @@ from .flow import Flow
 from .ids import Value
 from .inputs import Inputs, random_like
 from .plan import Kept
-from .trace import OnMeta
+from .rules import current
+from .trace import OnMeta, unchanged_shape
 from .widths import Widths
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -66,6 +67,10 @@ def verify_shapes(flow: Flow, pruned: fx.GraphModule, inputs: Inputs) -> None:
 class _Shapes(fx.Interpreter):
     """Writes each node's value to its meta, and names the node that fails."""
 
+    def __init__(self, module: fx.GraphModule):
+        super().__init__(module)
+        self.rules = current()
+
     def run_node(self, n: fx.Node) -> Any:
         try:
             found = super().run_node(n)
@@ -77,6 +82,12 @@ class _Shapes(fx.Interpreter):
             ) from error
         n.meta["val"] = found
         return found
+
+    def call_module(self, target, args, kwargs):
+        module = self.submodules[target]
+        with torch._C.DisableTorchFunction():
+            found = unchanged_shape(self.rules, module, args, kwargs)
+        return module(*args, **kwargs) if found is None else found
 
 
 def verify_numbers(
