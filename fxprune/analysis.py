@@ -171,4 +171,6 @@ def _warnings(found: Flow, grouped: Groups):
 
 
 def _target(node: fx.Node) -> str:
-    return node.target if isinstance(node.target, str) else torch.typename(node.target)
+    if isinstance(node.target, (str, torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(node.target)
+    return torch.typename(node.target)

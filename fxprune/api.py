@@ -122,7 +122,10 @@ def _watches(watch: Watch, dump: str | os.PathLike[str] | None) -> Watch:
 def _check_prunable(analysis: Analysis) -> None:
     if any(group.prunable for group in analysis.groups):
         return
-    why = [(f.group, f"{f.channels} channels: {f.reason} {f.source}".rstrip()) for f in analysis.frozen[:5]]
+    why = [
+        (f.group, f"{f.channels} channels: {f.reason} {f.source}".rstrip())
+        for f in analysis.frozen[:5]
+    ]
     raise NothingToPrune(
         f"no channel of {type(analysis.model).__name__} may go",
         details=why,
@@ -174,7 +177,9 @@ def plan(
         rate=rate, scope=scope, rule=select_by, rates=dict(rates or {}), min_channels=min_channels,
         max_rate=max_rate, round_to=round_to,
     )  # fmt: skip
-    return _planned(analysis, name, function, reduce, options, ignore, silent, with_scores=scores)[0]
+    return _planned(analysis, name, function, reduce, options, ignore, silent, with_scores=scores)[
+        0
+    ]
 
 
 def _planned(
@@ -210,13 +215,19 @@ def _write_plan(
     )  # fmt: skip
 
 
-def _group_plan(analysis: Analysis, i: int, selection: Selection, scores: np.ndarray | None) -> GroupPlan:
+def _group_plan(
+    analysis: Analysis, i: int, selection: Selection, scores: np.ndarray | None
+) -> GroupPlan:
     group = analysis.groups[i]
     kept = int(selection.kept[group.channels].sum()) if group.prunable else len(group)
     reason = selection.reasons.get(i, "")
     if group.frozen is not None:
         node = group.frozen.node
-        at = f" (%{node.name})" if node is not None and f"%{node.name}" not in group.frozen.reason else ""
+        at = (
+            f" (%{node.name})"
+            if node is not None and f"%{node.name}" not in group.frozen.reason
+            else ""
+        )
         reason = group.frozen.reason + at
     return GroupPlan(name=group.name, size=len(group), kept=kept, reason=reason,
                      scores=None if scores is None else scores.tolist())  # fmt: skip
@@ -258,17 +269,31 @@ def _names_of(analysis: Analysis, item: Any) -> tuple[set[str], bool]:
     if isinstance(item, nn.Module):
         names = {n for n, m in modules.items() for inner in item.modules() if m is inner}
     elif isinstance(item, type):
-        names = {f"{n}.{k}".strip(".") for n, m in modules.items() if isinstance(m, item) for k, _ in m.named_modules()}
+        names = {
+            f"{n}.{k}".strip(".")
+            for n, m in modules.items()
+            if isinstance(m, item)
+            for k, _ in m.named_modules()
+        }
     else:
-        raise OptionError(f"ignore holds a {type(item).__name__}", hint="name patterns, modules or module types")
-    _must_match(bool(names), f"ignore={getattr(item, '__name__', type(item).__name__)}", "", modules)
+        raise OptionError(
+            f"ignore holds a {type(item).__name__}", hint="name patterns, modules or module types"
+        )
+    _must_match(
+        bool(names), f"ignore={getattr(item, '__name__', type(item).__name__)}", "", modules
+    )
     return names, False
 
 
 def _check_patterns(analysis: Analysis, rates: Mapping[str, float]) -> None:
     names = {name for group in analysis.groups for name in layer_names(group)}
     for pattern in rates:
-        _must_match(any(fnmatch.fnmatchcase(n, pattern) for n in names), f"rates pattern `{pattern}`", pattern, names)
+        _must_match(
+            any(fnmatch.fnmatchcase(n, pattern) for n in names),
+            f"rates pattern `{pattern}`",
+            pattern,
+            names,
+        )
 
 
 def _must_match(found: bool, what: str, pattern: str, known) -> None:
@@ -283,7 +308,12 @@ def _must_match(found: bool, what: str, pattern: str, known) -> None:
 
 
 def apply(
-    model: nn.Module, plan: Plan, example_inputs: Any = None, *, verify: Verify = True, watch: Watch = silent
+    model: nn.Module,
+    plan: Plan,
+    example_inputs: Any = None,
+    *,
+    verify: Verify = True,
+    watch: Watch = silent,
 ) -> PrunedModule:
     """Write the network a plan describes. `PlanError` if the plan is for another model, or breaks
     the couplings of this one."""
@@ -314,15 +344,22 @@ def _kept_by_plan(analysis: Analysis, plan: Plan) -> Tensor:
         for dim, rows in dims.items():
             slot = next((s for s in analysis.flow.ids.slots.get(param, ()) if s.dim == dim), None)
             if slot is None:
-                raise PlanError(f"the plan narrows {param} dim {dim}, which has no channels that can go")
+                raise PlanError(
+                    f"the plan narrows {param} dim {dim}, which has no channels that can go"
+                )
             mask = _slot_mask(param, dim, slot.ids.shape, rows)
             kept[channel[slot.ids.numpy()[~mask]]] = False
             masks.append((param, dim, slot, mask))
     if not kept[0]:
-        raise PlanError("the plan removes channels that cannot go", hint="fxprune.analyze(model).frozen says which")
+        raise PlanError(
+            "the plan removes channels that cannot go",
+            hint="fxprune.analyze(model).frozen says which",
+        )
     for param, dim, slot, mask in masks:
         if (kept[channel[slot.ids.numpy()]] != mask).any():
-            raise PlanError(f"the plan breaks the coupling of {param} dim {dim}: coupled slices are kept unequally")
+            raise PlanError(
+                f"the plan breaks the coupling of {param} dim {dim}: coupled slices are kept unequally"
+            )
     return _kept_ids(analysis, kept)
 
 
@@ -330,16 +367,22 @@ def _slot_mask(param: str, dim: int, shape, rows: Kept) -> np.ndarray:
     mask = np.zeros(tuple(shape), bool)
     nested = bool(rows) and isinstance(rows[0], list)
     if nested != (len(shape) == 2) or (nested and len(rows) != shape[0]):
-        raise PlanError(f"the plan's indices of {param} dim {dim} do not have the layout of the model's blocks")
+        raise PlanError(
+            f"the plan's indices of {param} dim {dim} do not have the layout of the model's blocks"
+        )
     lists = rows if nested else [rows]
     for r, indices in enumerate(lists):
         if any(not 0 <= i < shape[-1] for i in indices) or list(indices) != sorted(set(indices)):  # type: ignore
-            raise PlanError(f"the plan's indices of {param} dim {dim} are not ascending indices below {shape[-1]}")
+            raise PlanError(
+                f"the plan's indices of {param} dim {dim} are not ascending indices below {shape[-1]}"
+            )
         (mask[r] if nested else mask)[indices] = True
     return mask
 
 
-def _finish(analysis: Analysis, plan: Plan, kept: Tensor, verify: Verify, watch: Watch) -> PrunedModule:
+def _finish(
+    analysis: Analysis, plan: Plan, kept: Tensor, verify: Verify, watch: Watch
+) -> PrunedModule:
     pruned = rewrite(analysis.model, analysis.flow, kept, plan.kept)
     watch("rewrite", (analysis, plan), pruned)
     pruned.meta["fxprune"] = Info(plan, _report(analysis, plan, kept, pruned))
@@ -350,7 +393,9 @@ def _finish(analysis: Analysis, plan: Plan, kept: Tensor, verify: Verify, watch:
     return pruned
 
 
-def _verified(analysis: Analysis, plan: Plan, kept: Tensor, pruned: fx.GraphModule, verify: Verify) -> Verification:
+def _verified(
+    analysis: Analysis, plan: Plan, kept: Tensor, pruned: fx.GraphModule, verify: Verify
+) -> Verification:
     verify_shapes(analysis.flow, pruned, analysis.inputs)
     on_meta = any(t.is_meta for t in analysis.tensors.values())
     if verify == "shapes" or on_meta:
@@ -359,7 +404,9 @@ def _verified(analysis: Analysis, plan: Plan, kept: Tensor, pruned: fx.GraphModu
     return verify_numbers(analysis.flow, pruned, plan.kept, widths, analysis.inputs)
 
 
-def verify(model: nn.Module, pruned: fx.GraphModule, plan: Plan, example_inputs: Any = None) -> Verification:
+def verify(
+    model: nn.Module, pruned: fx.GraphModule, plan: Plan, example_inputs: Any = None
+) -> Verification:
     """Prove that `pruned` computes what `model` computes with the plan's channels masked.
 
     Raises `VerificationError` with the largest difference if it does not, `PlanError` if the plan is

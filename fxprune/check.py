@@ -28,14 +28,21 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 def check_model(model: Any) -> None:
     """Raise `ModelError` for a model that is lazy, quantized, wrapped, scripted or on several devices."""
     if not isinstance(model, nn.Module):
-        raise ModelError(f"a torch.nn.Module is needed, not {type(model).__name__}", hint="pass the model object itself")
+        raise ModelError(
+            f"a torch.nn.Module is needed, not {type(model).__name__}",
+            hint="pass the model object itself",
+        )
     wrapper = type(model).__name__
     if wrapper in _WRAPPERS:
         raise ModelError(
-            f"the model is wrapped in {wrapper}", hint=f"prune {_WRAPPERS[wrapper]}, and wrap the result again"
+            f"the model is wrapped in {wrapper}",
+            hint=f"prune {_WRAPPERS[wrapper]}, and wrap the result again",
         )
     if isinstance(model, torch.jit.ScriptModule):
-        raise ModelError("the model is TorchScript, which has no Python forward to trace", hint="prune the eager model")
+        raise ModelError(
+            "the model is TorchScript, which has no Python forward to trace",
+            hint="prune the eager model",
+        )
     for name, module in model.named_modules():
         _check_module(name, module)
     devices = {str(t.device): name for name, t in tensors_of(model).items()}
@@ -50,13 +57,17 @@ def check_model(model: Any) -> None:
 def _check_module(name: str, module: nn.Module) -> None:
     kind = type(module)
     for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)):
+        if isinstance(
+            tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+        ):
             raise ModelError(
                 f"module `{name}` ({kind.__name__}) is lazy: its shapes are not known yet",
                 hint="run the model once on an example input before pruning",
             )
     quantized = "quantized" in kind.__module__ and hasattr(module, "_packed_params")
-    if quantized or (kind.__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "zero_point")):
+    if quantized or (
+        kind.__module__.startswith("torch.ao.nn.quantized") and hasattr(module, "zero_point")
+    ):
         raise ModelError(
             f"module `{name}` ({kind.__name__}) is quantized: its weights are packed integers",
             hint="prune the float model, then quantize the pruned one",
@@ -66,11 +77,16 @@ def _check_module(name: str, module: nn.Module) -> None:
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise `ModelError` for the first parameter that holds NaN or infinity."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not bool(torch.isfinite(tensor.detach().sum())):
+        if (
+            tensor.is_floating_point()
+            and not tensor.is_meta
+            and not bool(torch.isfinite(tensor.detach().sum()))
+        ):
             if not bool(torch.isfinite(tensor).all()):
                 kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
                 raise ModelError(
-                    f"`{name}` holds {kind}", hint="scores of such weights mean nothing; load or train sound ones first"
+                    f"`{name}` holds {kind}",
+                    hint="scores of such weights mean nothing; load or train sound ones first",
                 )
 
 
@@ -82,7 +98,9 @@ def check_share(name: str, value: Any, *, whole: bool = False) -> None:
         percent = f"{value / 100:g}" if 1 < value < 100 else ""
         raise OptionError(
             f"{name}={value} is outside [0, 1{']' if whole else ')'}",
-            hint=f"a share is meant: {percent} for {value:g} %" if percent else "0.5 removes half of the channels",
+            hint=f"a share is meant: {percent} for {value:g} %"
+            if percent
+            else "0.5 removes half of the channels",
         )
 
 

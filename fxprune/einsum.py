@@ -13,8 +13,14 @@ def of_equation(equation: str, shapes: Sequence[Sequence[int]]) -> Pattern:
     left, arrow, right = equation.replace(" ", "").partition("->")
     inputs = left.split(",")
     if len(inputs) != len(shapes):
-        raise RuleError(f"einsum `{equation}` names {len(inputs)} operands, {len(shapes)} are given")
-    ranks = [len(s) - len(text.replace("...", "")) for text, s in zip(inputs, shapes, strict=True) if "..." in text]
+        raise RuleError(
+            f"einsum `{equation}` names {len(inputs)} operands, {len(shapes)} are given"
+        )
+    ranks = [
+        len(s) - len(text.replace("...", ""))
+        for text, s in zip(inputs, shapes, strict=True)
+        if "..." in text
+    ]
     rank = max(ranks, default=0)
     named = [_letters(text, len(s), rank) for text, s in zip(inputs, shapes, strict=True)]
     if not arrow:

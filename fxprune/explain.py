@@ -39,7 +39,13 @@ class Explanation:
     lines: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join([self.title, *(f"  {step}" for step in self.steps), *(f"  {line}" for line in self.lines)])
+        return "\n".join(
+            [
+                self.title,
+                *(f"  {step}" for step in self.steps),
+                *(f"  {line}" for line in self.lines),
+            ]
+        )
 
 
 def explain(analysis: Analysis, a: str, b: str | None = None) -> Explanation:
@@ -62,7 +68,10 @@ def _slots_of(name: str, slots: list[Slot]) -> list[Slot]:
     found = exact or [s for s in inside if s.role == "out"] or inside
     if not found:
         known = {s.param for s in slots} | {s.param.rpartition(".")[0] for s in slots}
-        raise OptionError(f"`{name}` has no channels in this network", hint=nearest(name, known) or "name a layer or a parameter")
+        raise OptionError(
+            f"`{name}` has no channels in this network",
+            hint=nearest(name, known) or "name a layer or a parameter",
+        )
     return found
 
 
@@ -80,7 +89,9 @@ def _group_of(analysis: Analysis, name: str, slots: list[Slot]) -> Explanation:
             state = "may shrink" if group.prunable else f"frozen: {group.frozen.reason}"  # type: ignore[union-attr]
             lines.append(f"group {group.name}, {len(group)} channels, {state}")
             if group.frozen is not None and group.frozen.node is not None:
-                lines.append(f"  by %{group.frozen.node.name}  {describe(group.frozen.node.meta.get('source'))}")
+                lines.append(
+                    f"  by %{group.frozen.node.name}  {describe(group.frozen.node.meta.get('source'))}"
+                )
             lines += [f"  {m.role:<7} {m.param}[{m.dim}]" for m in group.members]
     return Explanation(f"{name}:", lines=tuple(lines))
 
@@ -118,7 +129,9 @@ def _path(came, here: int) -> list[tuple[int, int, int]]:
     return path[::-1]
 
 
-def _steps(analysis: Analysis, path: list[tuple[int, int, int]], start: list[Slot], end: list[Slot]) -> list[Step]:
+def _steps(
+    analysis: Analysis, path: list[tuple[int, int, int]], start: list[Slot], end: list[Slot]
+) -> list[Step]:
     owners = _owners(analysis)
     if not path:
         readers = [s for s in end if s.node is not None]
@@ -129,7 +142,9 @@ def _steps(analysis: Analysis, path: list[tuple[int, int, int]], start: list[Slo
     for x, y, k in path:
         node = analysis.flow.ids.ties[k].node
         where = describe(node.meta.get("source")) if node is not None else ""
-        steps.append(Step(_named(x, owners), _named(y, owners), node.name if node is not None else "", where))
+        steps.append(
+            Step(_named(x, owners), _named(y, owners), node.name if node is not None else "", where)
+        )
     return steps
 
 

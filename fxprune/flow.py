@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from . import einsum, letters, movement
 from .errors import RuleError
-from .ids import Ids, Layer, Value, compress
+from .ids import Ids, Layer, RowTie, Value, compress
 from .letters import DimsUse
 from .pattern import bind
 from .rules import Rules, Use
@@ -72,6 +73,8 @@ class _Run:
             return self.param(node.target, node.meta["val"])
         if node.op == "output":
             return self.output(node)
+        if node.op == "call_function" and isinstance(node.target, type):
+            return self._container(node)
         if not _has_tensors(node.meta["val"]) and node.target is not setitem:
             return None
         return self.call(node)
@@ -123,7 +126,11 @@ class _Run:
     def title(self, node: fx.Node) -> str:
         if node.op == "call_module":
             return f"{type(self.modules[node.target]).__name__} {node.target}"
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        name = (
+            node.target
+            if isinstance(node.target, str)
+            else getattr(node.target, "__name__", str(node.target))
+        )
         return f"{name} at %{node.name}"
 
     # -- operands --------------------------------------------------------------------------------
@@ -131,7 +138,9 @@ class _Run:
     def inputs(self, node: fx.Node) -> list[Value]:
         found: list[Value] = []
         for operand in node.all_input_nodes:
-            leaves = pytree.tree_leaves(self.result.values.get(operand), is_leaf=lambda v: isinstance(v, Value))
+            leaves = pytree.tree_leaves(
+                self.result.values.get(operand), is_leaf=lambda v: isinstance(v, Value)
+            )
             found += [leaf for leaf in leaves if isinstance(leaf, Value)]
         return found
 
@@ -151,7 +160,13 @@ class _Run:
         bound = use.bound(node.args, node.kwargs)
         if node.op == "call_module":
             module = self.modules[node.target]
-            for name in (*use.rule.operands, *use.rule.sizes, *use.rule.ranks.values(), *use.rule.at, "dim"):
+            for name in (
+                *use.rule.operands,
+                *use.rule.sizes,
+                *use.rule.ranks.values(),
+                *use.rule.at,
+                "dim",
+            ):
                 if name not in bound and hasattr(module, name):
                     bound[name] = getattr(module, name)
         return bound
@@ -188,14 +203,22 @@ class _Run:
                 if size > 1:
                     self.ids.slot(name, d, self.ids.fresh(size), "free", None)
         tensor = torch.empty(value.shape, device="meta")
-        return Value(value.shape, self._layers_of(name, tensor) if name in self.ids.slots else (), weight=True)
+        return Value(
+            value.shape,
+            self._layers_of(name, tensor) if name in self.ids.slots else (),
+            weight=True,
+        )
 
     def operand(self, node: fx.Node, bound: dict[str, Any], name: str) -> Value | None:
         """One operand of a dims rule: an argument, or a parameter of the module."""
         found = bound.get(name)
         if isinstance(found, fx.Node):
             found = self.result.values[found]
-            return self.param(found.param, node_tensor(found)) if isinstance(found, Value) and found.param else found
+            return (
+                self.param(found.param, node_tensor(found))
+                if isinstance(found, Value) and found.param
+                else found
+            )
         if isinstance(found, Tensor) and node.op == "call_module":
             return self.param(f"{node.target}.{name}", found)
         return None
@@ -218,13 +241,24 @@ class _Run:
     def do_dims(self, node: fx.Node, use: Use) -> Any:
         rule, bound = use.rule, self.bound(node, use)
         values = [self.operand(node, bound, name) for name in rule.operands]
+        self._freeze_unnamed(node, {name: bound[name] for name in bound if name not in rule.operands})
         return self.run_letters(node, use, rule.pattern, values, bound)
+
+    def _freeze_unnamed(self, node: fx.Node, rest: dict[str, Any]) -> None:
+        """Channels in an argument the rule says nothing about stay."""
+        for name, arg in rest.items():
+            for leaf in pytree.tree_leaves(self.of(arg), is_leaf=lambda v: isinstance(v, Value)):
+                if isinstance(leaf, Value):
+                    for layer in self.opened(leaf).layers:
+                        self.ids.freeze(node, layer.ids, f"is `{name}` of {self.title(node)}")
 
     def do_einsum(self, node: fx.Node, use: Use) -> Any:
         bound = use.bound(node.args, node.kwargs)
         values = [self.operand(node, {"x": v}, "x") for v in bound["operands"]]
         shapes = [v.shape for v in values if v is not None]
-        return self.run_letters(node, use, einsum.of_equation(bound["equation"], shapes), values, {})
+        return self.run_letters(
+            node, use, einsum.of_equation(bound["equation"], shapes), values, {}
+        )
 
     def do_matmul(self, node: fx.Node, use: Use) -> Any:
         bound = use.bound(node.args, node.kwargs)
@@ -234,11 +268,17 @@ class _Run:
         ranks = [len(v.shape) for v in values if v is not None]
         return self.run_letters(node, use, einsum.of_matmul(*ranks), values, {})
 
-    def run_letters(self, node: fx.Node, use: Use, pattern, values: list[Value | None], bound: dict[str, Any]) -> Any:
+    def run_letters(
+        self, node: fx.Node, use: Use, pattern, values: list[Value | None], bound: dict[str, Any]
+    ) -> Any:
         outputs = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
         sizes = {text: self.concrete(bound[key]) for key, text in use.rule.sizes.items()
                  if key in bound and len(text.split()) == 1 and not text.startswith("*")}  # fmt: skip
-        ranks = {letter: len(self.concrete(bound[key])) for letter, key in use.rule.ranks.items() if key in bound}
+        ranks = {
+            letter: len(self.concrete(bound[key]))
+            for letter, key in use.rule.ranks.items()
+            if key in bound
+        }
         ranks |= self._ranks_at(use, bound, values)
         shapes = [None if v is None else v.shape for v in values]
         fixed = {**use.rule.fixed, **sizes}
@@ -249,7 +289,9 @@ class _Run:
             self.mixes(node, [n.ids for n in mixed], "norms" if use.rule.norm else "all")
         self.result.uses[node] = done
         weight = all(v.weight for v in values if v is not None)
-        return pytree.tree_map(lambda t: self._dims_output(t, outputs[0], layers, weight), node.meta["val"])
+        return pytree.tree_map(
+            lambda t: self._dims_output(t, outputs[0], layers, weight), node.meta["val"]
+        )
 
     def _if_raw(self, value: Value | None) -> Value | None:
         return self.opened(value) if value is not None and value.param in self.ids.slots else value
@@ -277,7 +319,9 @@ class _Run:
             self.result.mixing.add(node)
             return
         for each in ids:
-            self.ids.freeze(node, each, f"{self.title(node)} mixes channels (mixing={self.mixing!r})")
+            self.ids.freeze(
+                node, each, f"{self.title(node)} mixes channels (mixing={self.mixing!r})"
+            )
 
     def do_pointwise(self, node: fx.Node, use: Use) -> Any:
         leaves = pytree.tree_leaves(node.meta["val"])
@@ -291,34 +335,58 @@ class _Run:
         found = [self.result.values.get(arg) for arg in flat if isinstance(arg, fx.Node)]
         return [self.opened(v) for v in found if isinstance(v, Value)]
 
-    def meet(self, node: fx.Node, values: list[Value], shape: tuple[int, ...], use: Use) -> tuple[list[Layer], bool]:
+    def meet(
+        self, node: fx.Node, values: list[Value], shape: tuple[int, ...], use: Use
+    ) -> tuple[list[Layer], bool]:
         """Broadcast values against each other: what meets is tied, or frozen by what has no channels."""
         laid = [[_lift(layer, len(shape)) for layer in v.layers] for v in values]
-        merged: list[Layer] = []
-        for layers in laid:
-            for layer in layers:
-                self._merge(node, merged, layer)
+        merged = self._tied(node, laid)
         for value, layers in zip(values, laid, strict=True):
-            real = {d + len(shape) - len(value.shape) for d, size in enumerate(value.shape) if size > 1}
+            real = {
+                d + len(shape) - len(value.shape) for d, size in enumerate(value.shape) if size > 1
+            }
             covered = [set(layer.varying) for layer in layers]
             for layer in merged:
                 dims = set(layer.varying)
                 if dims & real and not any(dims & c for c in covered):
-                    self.ids.freeze(node, layer.ids, f"meets a constant or an input at %{node.name}")
+                    self.ids.freeze(
+                        node, layer.ids, f"meets a constant or an input at %{node.name}"
+                    )
         zero = self._zero(node, use, values, laid)
         out = [Layer(m.ids, any(set(m.varying) & z for z in zero), m.origin) for m in merged]
         return out, bool(values) and all(v.weight for v in values)
 
-    def _merge(self, node: fx.Node, merged: list[Layer], layer: Layer) -> None:
-        for i, other in enumerate(merged):
-            if set(other.varying) & set(layer.varying):
-                self.ids.tie(node, other.ids, layer.ids)
-                if len(layer.varying) > len(other.varying):
-                    merged[i] = layer
-                return
-        merged.append(layer)
+    def _tied(self, node: fx.Node, operands: Sequence[Sequence[Layer]]) -> list[Layer]:
+        """Tie layers of different operands that vary along the same dims; the widest are left."""
+        merged: list[Layer] = []
+        for layers in operands:
+            free = list(range(len(merged)))
+            for layer in layers:
+                dims = set(layer.varying)
+                k = next((k for k in free if dims & set(merged[k].varying)), None)
+                if k is None:
+                    merged.append(layer)
+                    continue
+                free.remove(k)
+                narrow, wide = sorted((merged[k], layer), key=lambda la: len(la.varying))
+                if _by_rows(set(narrow.varying), wide):
+                    self._row_tie(node, wide, set(narrow.varying), narrow)
+                else:
+                    self.ids.tie(node, narrow.ids, wide.ids)
+                merged[k] = wide if len(wide.varying) > len(narrow.varying) else merged[k]
+        return merged
 
-    def _zero(self, node: fx.Node, use: Use, values: list[Value], laid: list[list[Layer]]) -> list[set[int]]:
+    def _row_tie(self, node: fx.Node, wide: Layer, dims: set[int], narrow: Layer | None) -> None:
+        """What meets whole rows of channels: see `RowTie`."""
+        order = [*sorted(dims), *(d for d in range(wide.ids.ndim) if d not in dims)]
+        rows = math.prod(wide.ids.shape[d] for d in dims)
+        ids = wide.ids.permute(order).reshape(rows, -1)
+        other = None if narrow is None else narrow.ids.permute(order).reshape(-1)
+        self.ids.rows.append(RowTie(node, ids, other))
+
+    def _zero(
+        self, node: fx.Node, use: Use, values: list[Value], laid: list[list[Layer]]
+    ) -> list[set[int]]:
         """The sets of dims whose masked channels are zero in the result."""
         if use.rule.zero == "no":
             return []
@@ -326,7 +394,9 @@ class _Run:
         if use.rule.zero == "any":
             chosen = per[: len(use.rule.operands) or None]
             return [dims for dims_list in chosen for dims in dims_list]
-        scalars = [a for a in node.args[: len(use.rule.operands)] if isinstance(a, (int, float)) and a != 0]
+        scalars = [
+            a for a in node.args[: len(use.rule.operands)] if isinstance(a, (int, float)) and a != 0
+        ]
         if scalars or not per:
             return []
         return [dims for dims in per[0] if all(any(dims & other for other in o) for o in per[1:])]
@@ -341,15 +411,21 @@ class _Run:
         layers, weight = self.meet(node, values, shape, use) if len(values) > 1 else (
             list(values[0].layers), values[0].weight)  # fmt: skip
         dims = self._reduced(self.concrete(dim), len(shape))
-        layers = [r for layer in layers if (r := self._reduce(node, use, layer, dims, weight)) is not None]
-        return pytree.tree_map(lambda t: self._reduced_value(t, shape, layers, dims, weight), node.meta["val"])
+        layers = [
+            r for layer in layers if (r := self._reduce(node, use, layer, dims, weight)) is not None
+        ]
+        return pytree.tree_map(
+            lambda t: self._reduced_value(t, shape, layers, dims, weight), node.meta["val"]
+        )
 
     def _reduced(self, dim: Any, rank: int) -> set[int]:
         if dim is None or dim == () or dim == []:
             return set(range(rank))
         return {d % rank for d in ((dim,) if isinstance(dim, int) else dim)}
 
-    def _reduce(self, node: fx.Node, use: Use, layer: Layer, dims: set[int], weight: bool) -> Layer | None:
+    def _reduce(
+        self, node: fx.Node, use: Use, layer: Layer, dims: set[int], weight: bool
+    ) -> Layer | None:
         gone = set(layer.varying) & dims
         if not gone:
             return layer
@@ -364,13 +440,18 @@ class _Run:
             self.mixes(node, [layer.ids], "norms" if weight else "all")
         return layer if use.rule.keeps_dims else None
 
-    def _reduced_value(self, tensor: Any, shape: tuple[int, ...], layers: list[Layer], dims: set[int], weight: bool):
+    def _reduced_value(
+        self, tensor: Any, shape: tuple[int, ...], layers: list[Layer], dims: set[int], weight: bool
+    ):
         if not isinstance(tensor, Tensor):
             return tensor
         if tensor.ndim == len(shape):
             return self.made(tuple(tensor.shape), layers, weight)
         kept = [d for d in range(len(shape)) if d not in dims]
-        moved = [Layer(la.ids.reshape([la.ids.shape[d] for d in kept]), la.zero, la.origin) for la in layers]
+        moved = [
+            Layer(la.ids.reshape([la.ids.shape[d] for d in kept]), la.zero, la.origin)
+            for la in layers
+        ]
         return self.made(tuple(tensor.shape), moved, weight)
 
     def do_reshape(self, node: fx.Node, use: Use) -> Value:
@@ -379,7 +460,9 @@ class _Run:
         layers = [self._reshaped(node, layer, value.shape, shape) for layer in value.layers]
         return self.made(shape, layers, value.weight)
 
-    def _reshaped(self, node: fx.Node, layer: Layer, old: tuple[int, ...], new: tuple[int, ...]) -> Layer:
+    def _reshaped(
+        self, node: fx.Node, layer: Layer, old: tuple[int, ...], new: tuple[int, ...]
+    ) -> Layer:
         ids = movement.reshape(layer.ids, old, new)
         before, after = len(layer.varying), len(Layer(ids).varying)
         if after > 1 and (layer.origin is None or after > before):
@@ -410,7 +493,9 @@ class _Run:
 
     def rerun(self, node: fx.Node, ids: Tensor, shape: Sequence[int]) -> list[Tensor] | None:
         """The ids a movement makes of `ids` on a value of `shape`."""
-        outputs = [tuple(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+        outputs = [
+            tuple(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)
+        ]
         if self.result.rules.get(node, self.use(node)).rule.kind == "reshape":  # type: ignore[union-attr]
             return [movement.reshape(ids, shape, outputs[0])]
         return movement.move(ids, shape, lambda x: self.execute(node, x), outputs)
@@ -427,7 +512,10 @@ class _Run:
         if node.args and not isinstance(self.result.values.get(node.args[0]), Value):
             return NotImplemented
         value = self.first(node)
-        if any(isinstance(t, Tensor) and t.is_meta for t in pytree.tree_leaves(self.concrete(node.args[1:]))):
+        if any(
+            isinstance(t, Tensor) and t.is_meta
+            for t in pytree.tree_leaves(self.concrete(node.args[1:]))
+        ):
             return self.freeze_all(node, "picks elements by computed positions")
         outputs = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
         per_output: list[list[Layer]] = [[] for _ in outputs]
@@ -437,7 +525,10 @@ class _Run:
                 return self.freeze_all(node, "could not be run on channel ids")
             for i, ids in enumerate(found):
                 per_output[i].append(self._moved(node, layer, ids))
-        made = [self.made(tuple(t.shape), ls, value.weight) for t, ls in zip(outputs, per_output, strict=True)]
+        made = [
+            self.made(tuple(t.shape), ls, value.weight)
+            for t, ls in zip(outputs, per_output, strict=True)
+        ]
         return made if isinstance(node.meta["val"], (tuple, list)) else made[0]
 
     def _moved(self, node: fx.Node, layer: Layer, ids: Tensor) -> Layer:
@@ -446,13 +537,20 @@ class _Run:
             self.ids.freeze(node, ids, f"is picked alone by %{node.name}")
         elif len(moved.varying) == 1 and ids.numel() < layer.ids.numel():
             self.ids.pieces.append(ids.reshape(-1))
-        if len(moved.varying) > 1 and layer.origin is None and len(moved.varying) > len(layer.varying):
+        if (
+            len(moved.varying) > 1
+            and layer.origin is None
+            and len(moved.varying) > len(layer.varying)
+        ):
             self.ids.split(node, ids)
             moved = Layer(ids, layer.zero, ids.squeeze())
         return moved
 
     def do_assign(self, node: fx.Node, use: Use) -> None:
-        target, given = self.opened(self.result.values[node.args[0]]), self.result.values.get(node.args[2])
+        target, given = (
+            self.opened(self.result.values[node.args[0]]),
+            self.result.values.get(node.args[2]),
+        )
         index = self.concrete(node.args[1])
         for layer in target.layers:
             try:
@@ -480,32 +578,41 @@ class _Run:
             tensors = self.result.values[tensors]
         shape = tuple(node.meta["val"].shape)
         dim = self.concrete(bound.get("dim", 0)) % len(shape)
-        values = [self.opened(v if isinstance(v, Value) else self.result.values[v]) for v in tensors]
+        values = [
+            self.opened(v if isinstance(v, Value) else self.result.values[v]) for v in tensors
+        ]
         values = [v for v in values if len(v.shape) == len(shape) - use.rule.new_dim]
         if use.rule.new_dim:
             values = [_unsqueezed(v, dim) for v in values]
-        layers = [*self._across(node, values, dim), *self._joined(values, dim, use)]
+        layers = [*self._across(node, values, dim), *self._joined(node, values, dim)]
         return self.made(shape, layers, all(v.weight for v in values))
 
     def _across(self, node: fx.Node, values: list[Value], dim: int) -> list[Layer]:
         """Layers that do not vary along the joined dim: the pieces share those channels."""
-        merged: list[Layer] = []
         flat = [[layer for layer in v.layers if dim not in layer.varying] for v in values]
-        for layers in flat:
-            for layer in layers:
-                self._merge(node, merged, layer)
+        merged = self._tied(node, flat)
         for layer in merged:
             dims = set(layer.varying)
             if any(not any(dims & set(la.varying) for la in layers) for layers in flat):
-                self.ids.freeze(node, layer.ids, f"is joined at %{node.name} with what has no channels")
-        return [Layer(la.ids, all(any(o.zero for o in ls) for ls in flat), la.origin) for la in merged]
+                self.ids.freeze(
+                    node, layer.ids, f"is joined at %{node.name} with what has no channels"
+                )
+        return [
+            Layer(la.ids, all(any(o.zero for o in ls) for ls in flat), la.origin) for la in merged
+        ]
 
-    def _joined(self, values: list[Value], dim: int, use: Use) -> list[Layer]:
-        pieces = [next((layer for layer in v.layers if dim in layer.varying), None) for v in values]
+    def _joined(self, node: fx.Node, values: list[Value], dim: int) -> list[Layer]:
+        along = [[layer for layer in v.layers if dim in layer.varying] for v in values]
+        for layers in along:
+            for extra in layers[1:]:
+                self.ids.freeze(node, extra.ids, f"is one of several layers joined at %{node.name}")
+        pieces = [layers[0] if layers else None for layers in along]
         present = [p for p in pieces if p is not None]
         if not present:
             return []
-        ids = movement.join([p.ids if p else None for p in pieces], [v.shape[dim] for v in values], dim)
+        ids = movement.join(
+            [p.ids if p else None for p in pieces], [v.shape[dim] for v in values], dim
+        )
         origin = ids.squeeze() if any(len(p.varying) > 1 for p in present) else None
         return [Layer(ids, all(p.zero for p in present), origin)]
 
@@ -544,6 +651,14 @@ getitem, setitem = operator.getitem, operator.setitem
 
 def node_tensor(value: Value) -> Tensor:
     return torch.empty(value.shape, device="meta")
+
+
+_CONSTANT = "meets a constant or an input at %{}"
+
+
+def _by_rows(dims: set[int], wide: Layer) -> bool:
+    """Whether `dims` are some of the layer's, and not the one along which channels go."""
+    return dims < set(wide.varying) and wide.varying[-1] not in dims
 
 
 def _map_nodes(arg: Any, fn: Callable[[fx.Node], Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .flow import Flow
-from .ids import Freeze, Role, Slot
+from .ids import Freeze, Role, Slot, Tie
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Groups:
 
 def groups(flow: Flow) -> Groups:
     """Merge the ties of `flow`; order groups as their first parameter appears in the graph."""
-    label = _components(flow)
-    reasons = _frozen(flow, label)
+    label, extra = _settled(flow)
+    reasons = _frozen(flow, label, extra)
     slots = [slot for per in flow.ids.slots.values() for slot in per]
     _freeze_unmade(label, slots, reasons)
     found = _grouped(slots, label, reasons)
@@ -89,24 +89,47 @@ def groups(flow: Flow) -> Groups:
     return result
 
 
-def _components(flow: Flow) -> np.ndarray:
+def _settled(flow: Flow) -> tuple[np.ndarray, list[Freeze]]:
+    """Classes once it is known which rows go as a whole, and what is frozen because of that."""
+    open_rows, ties, frozen = list(flow.ids.rows), list(flow.ids.ties), []
+    while True:
+        label = _components(ties, flow.ids.count)
+        whole = [row for row in open_rows if _goes_whole(label[row.ids.numpy()])]
+        if not whole:
+            break
+        open_rows = [row for row in open_rows if row not in whole]
+        for row in whole:
+            if row.other is None:
+                frozen.append(Freeze(row.node, row.ids, "meets a constant or an input"))
+            else:
+                ties.append(Tie(row.node, row.ids[:, 0], row.other))
+    stay = [row for row in open_rows if row.other is not None]
+    frozen += [Freeze(row.node, row.other, "belongs to whole rows of channels") for row in stay]  # type: ignore[arg-type]
+    return label, frozen
+
+
+def _goes_whole(rows: np.ndarray) -> bool:
+    return bool((rows == rows[:, :1]).all())
+
+
+def _components(ties: list[Tie], count: int) -> np.ndarray:
     """A class number for each id."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    pairs = [(t.left.reshape(-1).numpy(), t.right.reshape(-1).numpy()) for t in flow.ids.ties]
+    pairs = [(t.left.reshape(-1).numpy(), t.right.reshape(-1).numpy()) for t in ties]
     left = np.concatenate([a for a, _ in pairs]) if pairs else np.zeros(0, np.int64)
     right = np.concatenate([b for _, b in pairs]) if pairs else np.zeros(0, np.int64)
     real = (left > 0) & (right > 0)
-    size = flow.ids.count
-    edges = coo_matrix((np.ones(int(real.sum()), bool), (left[real], right[real])), shape=(size, size))
+    entries = (np.ones(int(real.sum()), bool), (left[real], right[real]))
+    edges = coo_matrix(entries, shape=(count, count))
     return connected_components(edges, directed=False)[1].astype(np.int64)
 
 
-def _frozen(flow: Flow, label: np.ndarray) -> dict[int, Freeze]:
+def _frozen(flow: Flow, label: np.ndarray, extra: list[Freeze]) -> dict[int, Freeze]:
     """Class -> the first thing that freezes it; ties with id 0 freeze too."""
     reasons: dict[int, Freeze] = {}
-    records = list(flow.ids.frozen)
+    records = [*flow.ids.frozen, *extra]
     for tie in flow.ids.ties:
         left, right = tie.left, tie.right
         if bool((left == 0).any()) or bool((right == 0).any()):
@@ -166,7 +189,14 @@ def _signatures(classes: np.ndarray, which: np.ndarray, count: int) -> np.ndarra
     return found
 
 
-def _group(channels: np.ndarray, spans: np.ndarray, which, where, slots: list[Slot], reasons: dict[int, Freeze]) -> Group:
+def _group(
+    channels: np.ndarray,
+    spans: np.ndarray,
+    which,
+    where,
+    slots: list[Slot],
+    reasons: dict[int, Freeze],
+) -> Group:
     begin, end = spans[channels[0]]
     index = spans[channels, :1] + np.arange(end - begin)
     members = []
@@ -174,7 +204,9 @@ def _group(channels: np.ndarray, spans: np.ndarray, which, where, slots: list[Sl
     for s in dict.fromkeys(columns.tolist()):
         slot = slots[s]
         blocks = slot.ids.shape[0] if slot.ids.ndim == 2 else 1
-        members.append(Member(slot.param, slot.dim, slot.role, where[index[:, columns == s]], blocks))
+        members.append(
+            Member(slot.param, slot.dim, slot.role, where[index[:, columns == s]], blocks)
+        )
     maker = next((m for m in members if m.role in ("out", "free")), members[0])
     name = maker.param.rsplit(".", 1)[0] if maker.param.endswith(".weight") else maker.param
     return Group(name, channels, tuple(members), reasons.get(int(channels[0])))

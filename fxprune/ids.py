@@ -17,7 +17,7 @@ from torch import Tensor, fx
 Role = Literal["out", "in", "through", "scale", "free"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layer:
     """One layer of ids. ``zero``: masked channels hold exact zeros here. ``origin``: the ids as
     they stood when a reshape first spread them over several dims."""
@@ -32,7 +32,7 @@ class Layer:
         return tuple(d for d, size in enumerate(self.ids.shape) if size > 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Value:
     """What flow knows of one tensor. ``param`` names a parameter or buffer no rule has read yet;
     ``weight``: computed from parameters alone."""
@@ -43,7 +43,7 @@ class Value:
     weight: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slot:
     """One dim of one parameter or buffer, with the channel of each index.
 
@@ -58,7 +58,7 @@ class Slot:
     node: fx.Node | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Tie:
     """Ids that must go together, elementwise, and the node that says so."""
 
@@ -67,7 +67,21 @@ class Tie:
     right: Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class RowTie:
+    """Ids over (rows, columns) that meet something with one element a row.
+
+    If the columns of a row turn out to go together, the row is tied to ``other`` (frozen, if
+    ``other`` has no ids). If not, columns go row by row in equal numbers and rows stay: then
+    ``other`` stays too.
+    """
+
+    node: fx.Node | None
+    ids: Tensor
+    other: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class Freeze:
     """Ids that cannot go, where and why."""
 
@@ -83,6 +97,7 @@ class Ids:
     count: int = 1
     ties: list[Tie] = field(default_factory=list)
     frozen: list[Freeze] = field(default_factory=list)
+    rows: list[RowTie] = field(default_factory=list)
     slots: dict[str, list[Slot]] = field(default_factory=dict)
     splits: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     pieces: list[Tensor] = field(default_factory=list)

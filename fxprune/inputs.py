@@ -32,7 +32,11 @@ class Inputs:
         """Shapes and dtypes as plain data, for a plan."""
         tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
         simple = not self.kwargs and len(tensors) == len(self.args)
-        return [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in tensors] if simple else None
+        return (
+            [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in tensors]
+            if simple
+            else None
+        )
 
 
 def given(example_inputs: Any) -> Inputs:
@@ -51,7 +55,12 @@ def given(example_inputs: Any) -> Inputs:
 
 def of_spec(spec: Any) -> Inputs:
     """Inputs of the shapes a plan was made with."""
-    return Inputs(tuple(torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in spec), {})
+    return Inputs(
+        tuple(
+            torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in spec
+        ),
+        {},
+    )
 
 
 def traced(model: nn.Module, example_inputs: Any, rules: Rules):
@@ -67,7 +76,9 @@ def traced(model: nn.Module, example_inputs: Any, rules: Rules):
             failures.append((inputs.describe(), error))
     details = [(shape, error.fault) for shape, error in failures[:4]]
     raise InputError(
-        f"no usual input fits {type(model).__name__}", details=details, hint="pass example_inputs=(x,) as forward takes them"
+        f"no usual input fits {type(model).__name__}",
+        details=details,
+        hint="pass example_inputs=(x,) as forward takes them",
     )
 
 
@@ -88,7 +99,11 @@ def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "an image", (2, 3, 224, 224)
         return
     name, width = type(first).__name__, _width(first)
-    usual: dict[int, tuple[int, ...]] = {1: (1024, 256, 16000, 128), 2: (224, 32, 28, 64, 299, 512), 3: (112, 64, 32, 224)}
+    usual: dict[int, tuple[int, ...]] = {
+        1: (1024, 256, 16000, 128),
+        2: (224, 32, 28, 64, 299, 512),
+        3: (112, 64, 32, 224),
+    }
     rank = 0
     if isinstance(first, nn.modules.conv._ConvNd):
         rank = len(first.kernel_size)
@@ -113,7 +128,9 @@ def _width(module: nn.Module) -> int:
     return 0
 
 
-def random_like(inputs: Inputs, *, dtype: torch.dtype | None, device: torch.device, seed: int = 0) -> Inputs:
+def random_like(
+    inputs: Inputs, *, dtype: torch.dtype | None, device: torch.device, seed: int = 0
+) -> Inputs:
     """The same structure with real values: those given, or normal noise for meta tensors."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -123,7 +140,11 @@ def random_like(inputs: Inputs, *, dtype: torch.dtype | None, device: torch.devi
         if not value.is_floating_point():
             real = torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.detach()
             return real.to(device)
-        real = torch.randn(value.shape, generator=generator, dtype=torch.float64) if value.is_meta else value.detach()
+        real = (
+            torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            if value.is_meta
+            else value.detach()
+        )
         return real.to(device=device, dtype=dtype or value.dtype)
 
     args, kwargs = pytree.tree_map(fill, (inputs.args, inputs.kwargs))

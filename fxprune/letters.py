@@ -69,7 +69,9 @@ class _Call:
 
     @property
     def out(self) -> set[str]:
-        return {letter for names in self.binding.output for letter in names if self.sizes[letter] > 1}
+        return {
+            letter for names in self.binding.output for letter in names if self.sizes[letter] > 1
+        }
 
     def is_raw(self, i: int) -> bool:
         value = self.values[i]
@@ -77,7 +79,12 @@ class _Call:
 
 
 def flow(
-    ids: Ids, node: fx.Node, rule: Rule, binding: Binding, values: list[Value | None], learned: set[str]
+    ids: Ids,
+    node: fx.Node,
+    rule: Rule,
+    binding: Binding,
+    values: list[Value | None],
+    learned: set[str],
 ) -> tuple[list[Layer], DimsUse, list[Named]]:
     """Run a dims rule: bind parameters, tie, and return the output's layers.
 
@@ -88,8 +95,8 @@ def flow(
     layers = {i: _named_layers(call, i) for i in range(len(call.values)) if not call.is_raw(i)}
     layers = {i: _without_windows(call, i, found) for i, found in layers.items()}
     layers = _blocks_as_wholes(call, layers)
-    _tie_operands(call, layers)
-    merged = _merged(found for per in layers.values() for found in per)
+    _freeze_unmatched(call, layers)
+    merged = _tied(call, layers.values())
     merged = _bind_params(call, merged)
     made = _make_channels(call)
     mixed: list[Named] = []
@@ -121,7 +128,13 @@ def _named(call: _Call, layer: Layer, dims: Dims) -> Named:
 
 
 def _split_axis(ids: Tensor, dims: Dims, sizes: Mapping[str, int]) -> Tensor:
-    shape = [sizes[n] for names, size in zip(dims, ids.shape, strict=True) if size > 1 for n in names if sizes[n] > 1]
+    shape = [
+        sizes[n]
+        for names, size in zip(dims, ids.shape, strict=True)
+        if size > 1
+        for n in names
+        if sizes[n] > 1
+    ]
     return ids.reshape(shape)
 
 
@@ -153,7 +166,9 @@ def _without_windows(call: _Call, i: int, layers: list[Named]) -> list[Named]:
 def _made_letters(call: _Call) -> list[tuple[list[str], list[str]]]:
     """For each output dim that weights make: letters passed on from other operands, letters made."""
     raw = {letter for i in range(len(call.values)) if call.is_raw(i) for letter in call.real(i)}
-    given = {letter for i in range(len(call.values)) if not call.is_raw(i) for letter in call.real(i)}
+    given = {
+        letter for i in range(len(call.values)) if not call.is_raw(i) for letter in call.real(i)
+    }
     found = []
     for names in call.binding.output:
         made = [n for n in names if n in raw - given]
@@ -171,13 +186,18 @@ def _blocks_as_wholes(call: _Call, layers: dict[int, list[Named]]) -> dict[int, 
                 inner = _beside(call, i, passed[0])
                 rest = [n for n in names if n not in passed]
                 if math.prod(call.sizes[n] for n in rest) == 1 and inner - call.out:
-                    layers = {**layers, i: [_along(call, named, inner - call.out) for named in found]}
+                    layers = {
+                        **layers,
+                        i: [_along(call, named, inner - call.out) for named in found],
+                    }
     return layers
 
 
 def _beside(call: _Call, i: int, letter: str) -> set[str]:
     dims = call.binding.inputs[i] or ()
-    return {n for names in dims if letter in names for n in names if n != letter and call.sizes[n] > 1}
+    return {
+        n for names in dims if letter in names for n in names if n != letter and call.sizes[n] > 1
+    }
 
 
 def _matches(a: Named, b: Named) -> bool:
@@ -189,18 +209,16 @@ def _tie(call: _Call, a: Named, b: Named) -> None:
     call.ids.tie(call.node, a.over(letters), b.over(letters))
 
 
-def _tie_operands(call: _Call, layers: dict[int, list[Named]]) -> None:
+def _freeze_unmatched(call: _Call, layers: dict[int, list[Named]]) -> None:
+    """Freeze ids that meet an operand which is as wide there, but has no channels."""
     for i, found in layers.items():
         for named in found:
             contracted = set(named.letters) - call.out
             for j, others in layers.items():
-                if j == i or call.values[j] is None:
+                if j == i or call.values[j] is None or any(_matches(named, o) for o in others):
                     continue
-                matching = [other for other in others if _matches(named, other)]
-                meets = set(named.letters) <= call.real(j) or (contracted and contracted <= call.real(j))
-                if matching and j > i:
-                    _tie(call, named, matching[0])
-                elif not matching and meets:
+                real = call.real(j)
+                if set(named.letters) <= real or (contracted and contracted <= real):
                     call.ids.freeze(call.node, named.ids, _meets(call, j))
 
 
@@ -209,16 +227,24 @@ def _meets(call: _Call, j: int) -> str:
     return f"meets `{name}`, which has no channels that can go"
 
 
-def _merged(layers: Iterable[Named]) -> list[Named]:
-    """One layer for those tied to each other: the one over the most letters."""
+def _tied(call: _Call, operands: Iterable[list[Named]]) -> list[Named]:
+    """Tie what meets; one layer is left for those tied, over the most letters.
+
+    Layers of one operand are never tied to each other, though they may share letters.
+    """
     merged: list[Named] = []
-    for named in layers:
-        same = next((i for i, other in enumerate(merged) if _matches(named, other)), None)
-        if same is None:
-            merged.append(named)
-        else:
-            wide = max(merged[same], named, key=lambda n: len(n.letters))
-            merged[same] = Named(wide.letters, wide.ids, merged[same].zero or named.zero, wide.origin)
+    for layers in operands:
+        free = list(range(len(merged)))
+        for named in layers:
+            k = next((k for k in free if _matches(named, merged[k])), None)
+            if k is None:
+                merged.append(named)
+                continue
+            free.remove(k)
+            _tie(call, merged[k], named)
+            wide = max(merged[k], named, key=lambda n: len(n.letters))
+            zero = merged[k].zero or named.zero
+            merged[k] = Named(wide.letters, wide.ids, zero, wide.origin)
     return merged
 
 
@@ -239,7 +265,7 @@ def _bind_params(call: _Call, layers: list[Named]) -> list[Named]:
 def _bind(call: _Call, i: int, named: Named, role) -> None:
     value, dims = call.values[i], call.binding.inputs[i]
     assert value is not None and value.param is not None and dims is not None
-    if call.rule.scales == call.rule.operands[i]:
+    if call.rule.scales and call.rule.scales == call.rule.operands[i]:
         role = "scale"
     homes = [d for d, names in enumerate(dims) if set(names) & set(named.letters)]
     dim = next((d for d in homes if set(named.letters) <= set(dims[d])), homes[-1])
@@ -262,7 +288,13 @@ def _bind(call: _Call, i: int, named: Named, role) -> None:
 def _make_channels(call: _Call) -> list[Named]:
     made_layers = []
     for passed, made in _made_letters(call):
-        inner = {n for i in range(len(call.values)) if not call.is_raw(i) for p in passed for n in _beside(call, i, p)}
+        inner = {
+            n
+            for i in range(len(call.values))
+            if not call.is_raw(i)
+            for p in passed
+            for n in _beside(call, i, p)
+        }
         if passed and not inner:
             continue  # depthwise with a multiplier: the outputs of a block are bound to its input
         letters = (*passed, *made)
@@ -284,8 +316,14 @@ def _passed(call: _Call, named: Named, mixed: list[Named]) -> Layer | None:
         mixed.append(named)
     if not letters <= call.out:
         weighed = any(letters - call.out <= call.real(i) for i in raws)
-        if not weighed and not named.zero and not any(v is not None and v.weight for v in call.values):
-            call.ids.freeze(call.node, named.ids, "is summed over channels that masking does not make zero")
+        if (
+            not weighed
+            and not named.zero
+            and not any(v is not None and v.weight for v in call.values)
+        ):
+            call.ids.freeze(
+                call.node, named.ids, "is summed over channels that masking does not make zero"
+            )
         return None
     learned = any(letters <= call.real(i) and call.values[i].param in call.learned for i in raws)  # type: ignore[union-attr]
     zero = learned or (call.rule.zero != "no" and named.zero)

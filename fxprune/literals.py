@@ -90,7 +90,9 @@ def shape(call: Call, context: Context) -> None:
     """Sizes of view, reshape, expand, zeros."""
     starred = "*shape" in call.use.arguments
     at = call.use.arguments.index("*shape" if starred else "shape")
-    rest = call.kwargs.get("shape", call.kwargs.get("size", call.args[at:] if starred else call.args[at]))
+    rest = call.kwargs.get(
+        "shape", call.kwargs.get("size", call.args[at:] if starred else call.args[at])
+    )
     nested = starred and len(rest) == 1 and isinstance(rest[0], (list, tuple))
     sizes = rest[0] if nested else rest
     if not sizes or not all(isinstance(s, (int, fx.Node)) for s in sizes):
@@ -112,7 +114,9 @@ def sizes(call: Call, context: Context) -> None:
     need = context.shape(call.node)
     if call.op == "call_module":
         old = call.node.meta["val"].shape
-        call.attrs["unflattened_size"] = tuple(need[1 : 1 + len(old) - len(context.source.shape) + 1])
+        call.attrs["unflattened_size"] = tuple(
+            need[1 : 1 + len(old) - len(context.source.shape) + 1]
+        )
         return
     _, given = _argument(call, "sizes")
     dim = context.dim(_argument(call, "dim")[1])
@@ -149,12 +153,22 @@ def chunks(call: Call, context: Context) -> None:
     _, given = _argument(call, "chunks")
     probe = torch.empty(sum(need), device="meta").chunk(context.concrete(given))
     if [len(p) for p in probe] != need:
-        call.op, call.target, call.args, call.kwargs = "call_method", "split", (call.args[0], need, dim), {}
+        call.op, call.target, call.args, call.kwargs = (
+            "call_method",
+            "split",
+            (call.args[0], need, dim),
+            {},
+        )
 
 
 def tensor_split(call: Call, context: Context) -> None:
     dim, need = _new_sections(call, context)
-    call.op, call.target, call.args, call.kwargs = "call_method", "split", (call.args[0], need, dim), {}
+    call.op, call.target, call.args, call.kwargs = (
+        "call_method",
+        "split",
+        (call.args[0], need, dim),
+        {},
+    )
 
 
 def narrow(call: Call, context: Context) -> None:
@@ -164,7 +178,11 @@ def narrow(call: Call, context: Context) -> None:
     _, length = _argument(call, "length")
     begin = context.concrete(start) % max(len(mask), 1)
     _set(call, "start", context.fits(start, int(mask[:begin].sum())))
-    _set(call, "length", context.fits(length, int(mask[begin : begin + context.concrete(length)].sum())))
+    _set(
+        call,
+        "length",
+        context.fits(length, int(mask[begin : begin + context.concrete(length)].sum())),
+    )
 
 
 def slice_(call: Call, context: Context) -> None:
@@ -213,7 +231,9 @@ def index(call: Call, context: Context) -> None:
         width = _consumes(part)
         mask = context.widths.along(context.source, dim) if width else None
         if width and mask is None:
-            raise RewriteError(call.node, f"channels spread over several dims are cut at %{call.node.name}")
+            raise RewriteError(
+                call.node, f"channels spread over several dims are cut at %{call.node.name}"
+            )
         made.append(part if mask is None or mask.all() else _part(call, context, part, dim, mask))
         dim += width
     call.args = (call.args[0], tuple(made) if isinstance(given, tuple) else made[0], *call.args[2:])
@@ -250,12 +270,16 @@ def _part(call: Call, context: Context, part: Any, dim: int, mask: Tensor) -> An
 
 def _bounds(part: slice, mask: Tensor, context: Context) -> tuple[slice, Tensor | None]:
     """New bounds over what is kept; a strided slice gathers instead."""
-    begin, end, step = slice(*map(context.concrete, (part.start, part.stop, part.step))).indices(len(mask))
+    begin, end, step = slice(*map(context.concrete, (part.start, part.stop, part.step))).indices(
+        len(mask)
+    )
     if step != 1:
         positions = torch.arange(begin, end, step)
         return slice(None), positions[mask[positions]]
     start = None if part.start is None else context.fits(part.start, int(mask[:begin].sum()))
-    stop = None if part.stop is None else context.fits(part.stop, int(mask[: max(end, begin)].sum()))
+    stop = (
+        None if part.stop is None else context.fits(part.stop, int(mask[: max(end, begin)].sum()))
+    )
     return slice(start, stop), None
 
 
@@ -270,7 +294,9 @@ def pad(call: Call, context: Context) -> None:
         mask = context.widths.along(out, rank - 1 - i // 2)
         if (before or after) and mask is not None and not mask.all():
             if before < 0 or after < 0:
-                raise RewriteError(call.node, f"channels are cropped by a negative pad at %{call.node.name}")
+                raise RewriteError(
+                    call.node, f"channels are cropped by a negative pad at %{call.node.name}"
+                )
             made[i] = context.fits(given[i], int(mask[:before].sum()))
             made[i + 1] = context.fits(given[i + 1], int(mask[len(mask) - after :].sum()))
     _set(call, "pad", made)

@@ -17,7 +17,9 @@ from .ids import compress
 Run = Callable[[Tensor], Any]
 
 
-def move(ids: Tensor, shape: Sequence[int], run: Run, outputs: Sequence[Sequence[int]]) -> list[Tensor] | None:
+def move(
+    ids: Tensor, shape: Sequence[int], run: Run, outputs: Sequence[Sequence[int]]
+) -> list[Tensor] | None:
     """Run a movement op on ids of a value of `shape`; one result an output, or None if it fails."""
     for tensor in (ids, ids.expand(tuple(shape))):
         try:
@@ -50,7 +52,9 @@ def reshape(ids: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
         expanded += [old[d] if varies else 1 for d in rows]
         target += [new[d] if varies else 1 for d in columns]
     found = ids.expand(expanded).reshape(target)
-    mixed = [d for rows, columns in _blocks(old, new) if len(rows) + len(columns) > 2 for d in columns]
+    mixed = [
+        d for rows, columns in _blocks(old, new) if len(rows) + len(columns) > 2 for d in columns
+    ]
     return compress(found, mixed)
 
 
@@ -61,7 +65,12 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     while i < len(old) or j < len(new):
         rows, columns = [], []
         a = b = 1
-        while not (rows or columns) or a != b or (i >= len(old) and j < len(new)) or (j >= len(new) and i < len(old)):
+        while (
+            not (rows or columns)
+            or a != b
+            or (i >= len(old) and j < len(new))
+            or (j >= len(new) and i < len(old))
+        ):
             if i < len(old) and (a <= b or j >= len(new)):
                 a *= old[i]
                 rows.append(i)

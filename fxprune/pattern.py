@@ -71,7 +71,9 @@ def parse(text: str) -> Pattern:
     """Read a rule's dims; raise `RuleError` on anything that is not the notation."""
     left, arrow, right = text.partition("->")
     if not arrow:
-        raise RuleError(f"`{text}` has no `->`", hint="write `inputs -> output`, as in `*b i, o i -> *b o`")
+        raise RuleError(
+            f"`{text}` has no `->`", hint="write `inputs -> output`, as in `*b i, o i -> *b o`"
+        )
     pattern = Pattern(tuple(_operand(part) for part in left.split(",")), _operand(right))
     _check(pattern)
     return pattern
@@ -83,7 +85,8 @@ def _operand(text: str) -> Operand:
         found = _TOKEN.match(text, at)
         if not found:
             raise RuleError(
-                f"`{text[at:].strip()}` is not part of the notation", hint="letters, `*letter`, `(a b)` and `?`"
+                f"`{text[at:].strip()}` is not part of the notation",
+                hint="letters, `*letter`, `(a b)` and `?`",
             )
         tokens.append(found.group(1))
         at = found.end()
@@ -106,7 +109,9 @@ def _terms(tokens: list[str], text: str):
             if inside is None:
                 yield Term((atom,))
             elif atom.star:
-                raise RuleError(f"`*{atom.letter}` cannot stand inside brackets in `{text.strip()}`")
+                raise RuleError(
+                    f"`*{atom.letter}` cannot stand inside brackets in `{text.strip()}`"
+                )
             else:
                 inside.append(atom)
     if inside is not None:
@@ -126,7 +131,9 @@ def _check(pattern: Pattern) -> None:
         for term in operand.terms:
             for atom in term.atoms:
                 if kinds.setdefault(atom.letter, atom.star) != atom.star:
-                    raise RuleError(f"`{atom.letter}` stands both with and without a star in `{pattern}`")
+                    raise RuleError(
+                        f"`{atom.letter}` stands both with and without a star in `{pattern}`"
+                    )
     if pattern.inputs[0].optional:
         raise RuleError(f"the first operand of `{pattern}` cannot be optional")
     if pattern.output.optional:
@@ -172,9 +179,14 @@ def _bind(pattern: Pattern, shapes, output, sizes, ranks) -> Binding:
     pairs.append((pattern.output, output))
     known = _star_ranks(pairs, dict(ranks or {}), pattern)
     dims = [_dims(operand, shape, known) for operand, shape in pairs]
-    letters = _solve(list(zip(dims, [s for _, s in pairs], strict=True)), dict(sizes or {}), pattern)
+    letters = _solve(
+        list(zip(dims, [s for _, s in pairs], strict=True)), dict(sizes or {}), pattern
+    )
     laid = [
-        tuple(() if size == 1 and _product(names, letters) > 1 else names for names, size in zip(d, s, strict=True))
+        tuple(
+            () if size == 1 and _product(names, letters) > 1 else names
+            for names, size in zip(d, s, strict=True)
+        )
         for d, (_, s) in zip(dims, pairs, strict=True)
     ]
     found = iter(laid[:-1])
@@ -186,7 +198,9 @@ def _star_ranks(pairs, ranks: dict[str, int], pattern: Pattern) -> dict[str, int
         for operand, shape in pairs:
             stars = [term.atoms[0].letter for term in operand.terms if term.star]
             unknown = [letter for letter in stars if letter not in ranks]
-            rest = len(shape) - (len(operand.terms) - len(stars)) - sum(ranks.get(s, 0) for s in stars)
+            rest = (
+                len(shape) - (len(operand.terms) - len(stars)) - sum(ranks.get(s, 0) for s in stars)
+            )
             if len(unknown) == 1 and rest >= 0:
                 ranks[unknown[0]] = rest
     # a star stands for the broadcast of its operands: the longest one gives its rank
@@ -201,7 +215,9 @@ def _star_ranks(pairs, ranks: dict[str, int], pattern: Pattern) -> dict[str, int
 
 def _dims(operand: Operand, shape: Shape, ranks: Mapping[str, int]) -> list[tuple[str, ...]]:
     stars = [term for term in operand.terms if term.star]
-    missing = len(operand.terms) - len(stars) + sum(ranks[t.atoms[0].letter] for t in stars) - len(shape)
+    missing = (
+        len(operand.terms) - len(stars) + sum(ranks[t.atoms[0].letter] for t in stars) - len(shape)
+    )
     dims: list[tuple[str, ...]] = []
     for term in operand.terms:
         letter = term.atoms[0].letter
@@ -235,7 +251,9 @@ def _solve(pairs, sizes: dict[str, int], pattern: Pattern) -> dict[str, int]:
     for dims, shape in pairs:
         for names, size in zip(dims, shape, strict=True):
             if any(name not in sizes for name in names):
-                raise RuleError(f"`{pattern}`: the shapes do not give the size of `{' '.join(names)}`")
+                raise RuleError(
+                    f"`{pattern}`: the shapes do not give the size of `{' '.join(names)}`"
+                )
             if size not in (1, _product(names, sizes)):
                 raise RuleError(
                     f"`{pattern}`: `{' '.join(names)}` is {_product(names, sizes)} in one operand, {size} in another"

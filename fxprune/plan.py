@@ -61,7 +61,9 @@ class Plan(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
-            raise PlanError(f"not a plan: {where}: {first['msg']}", hint="write plans with plan.to_json()") from None
+            raise PlanError(
+                f"not a plan: {where}: {first['msg']}", hint="write plans with plan.to_json()"
+            ) from None
 
     @property
     def removed(self) -> int:
@@ -76,7 +78,8 @@ class Plan(BaseModel):
         wrong = list(_differences(self.shapes, shapes))
         raise PlanError(
             f"the plan is for another model: {len(wrong)} parameters differ",
-            details=[("differs", text) for text in wrong[:8]] + ([("", f"and {len(wrong) - 8} more")] if wrong[8:] else []),
+            details=[("differs", text) for text in wrong[:8]]
+            + ([("", f"and {len(wrong) - 8} more")] if wrong[8:] else []),
             hint=f"the plan was made for {self.model}; apply it to a model built the same way",
         )
 

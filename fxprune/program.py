@@ -9,7 +9,9 @@ import numpy as np
 from .groups import Constraint
 
 
-def solve(channels: np.ndarray, value: np.ndarray, constraints: Sequence[Constraint], limit: int) -> np.ndarray:
+def solve(
+    channels: np.ndarray, value: np.ndarray, constraints: Sequence[Constraint], limit: int
+) -> np.ndarray:
     """Whether each of `channels` is kept: at most `limit` go, as many as can, of the least value.
 
     An infinite value must stay. If no choice removes anything, all are kept.

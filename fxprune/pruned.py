@@ -31,8 +31,16 @@ class PrunedModule(fx.GraphModule):
         return self.meta["fxprune"]
 
     def __reduce__(self):
-        state = {k: v for k, v in self.__dict__.items() if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")}
-        return _rebuild, (state, _nodes(self.graph), self.__dict__.get("_name", type(self).__name__))
+        state = {
+            k: v
+            for k, v in self.__dict__.items()
+            if k not in ("_graph", "_code", "_lineno_map", "_prologue_start")
+        }
+        return _rebuild, (
+            state,
+            _nodes(self.graph),
+            self.__dict__.get("_name", type(self).__name__),
+        )
 
 
 def _nodes(graph: fx.Graph) -> list[tuple]:
@@ -41,7 +49,10 @@ def _nodes(graph: fx.Graph) -> list[tuple]:
     def refs(args: Any) -> Any:
         return fx.node.map_aggregate(args, lambda a: _Ref(a.name) if isinstance(a, fx.Node) else a)
 
-    return [(n.op, n.name, n.target, refs(n.args), refs(n.kwargs), n.meta.get("source")) for n in graph.nodes]
+    return [
+        (n.op, n.name, n.target, refs(n.args), refs(n.kwargs), n.meta.get("source"))
+        for n in graph.nodes
+    ]
 
 
 def _rebuild(state: dict[str, Any], nodes: list[tuple], name: str) -> PrunedModule:

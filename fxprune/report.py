@@ -68,7 +68,10 @@ class Report:
         if short:
             lines.append(f"  {len(short)} of {len(self.groups)} groups gave less than asked:")
             width = max(len(row.name) for row in short[:12])
-            lines += [f"    {row.name:<{width}}  {row.kept:>5} of {row.size:<5} kept  {row.reason}" for row in short[:12]]
+            lines += [
+                f"    {row.name:<{width}}  {row.kept:>5} of {row.size:<5} kept  {row.reason}"
+                for row in short[:12]
+            ]
             lines += [f"    and {len(short) - 12} more"] if len(short) > 12 else []
         return "\n".join(lines)
 

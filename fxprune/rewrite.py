@@ -26,7 +26,9 @@ from .widths import RewriteError, Widths, gather
 _COMPUTED_SIZES = ("reshape", "move", "fill", "cat", "pad", "assign")
 
 
-def rewrite(model: nn.Module, flow: Flow, kept_ids: Tensor, kept: Mapping[str, dict[int, Kept]]) -> PrunedModule:
+def rewrite(
+    model: nn.Module, flow: Flow, kept_ids: Tensor, kept: Mapping[str, dict[int, Kept]]
+) -> PrunedModule:
     """A new module: `flow.graph` without the channels whose ids are not in the mask `kept_ids`.
 
     `kept` says the same of parameters, per dim. Each kept slice is copied once; the model and its
@@ -40,7 +42,9 @@ def rewrite(model: nn.Module, flow: Flow, kept_ids: Tensor, kept: Mapping[str, d
 
 
 class _Writer:
-    def __init__(self, model: nn.Module, flow: Flow, kept_ids: Tensor, kept: Mapping[str, dict[int, Kept]]):
+    def __init__(
+        self, model: nn.Module, flow: Flow, kept_ids: Tensor, kept: Mapping[str, dict[int, Kept]]
+    ):
         self.model, self.flow, self.kept = model, flow, kept
         self.old = flow.graph
         self.widths = Widths(flow, kept_ids)
@@ -55,7 +59,11 @@ class _Writer:
         self.dropped = self._replaced_by_gathers()
 
     def _replaced_by_gathers(self) -> set[fx.Node]:
-        active = [g for g in self.flow.gathers.values() if self.widths.changed(self.widths.value(g.source))]
+        active = [
+            g
+            for g in self.flow.gathers.values()
+            if self.widths.changed(self.widths.value(g.source))
+        ]
         return {node for g in active for node in g.inside}
 
     # -- nodes -----------------------------------------------------------------------------------
@@ -94,14 +102,20 @@ class _Writer:
         self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
 
     def _new_number(self, node: fx.Node, old: Any) -> Any:
-        value = self.widths.value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        value = (
+            self.widths.value(node.args[0])
+            if node.args and isinstance(node.args[0], fx.Node)
+            else None
+        )
         if isinstance(value, Value):
             if not isinstance(old, int) or isinstance(old, bool):
                 return old
             shape = self.widths.shape(node.args[0], value)
             dim = node.args[1] if len(node.args) > 1 else None
             return shape[dim] if isinstance(dim, int) else torch.Size(shape).numel()
-        args = fx.node.map_aggregate(node.args, lambda a: self.numbers.get(a, a) if isinstance(a, fx.Node) else a)
+        args = fx.node.map_aggregate(
+            node.args, lambda a: self.numbers.get(a, a) if isinstance(a, fx.Node) else a
+        )
         try:
             return node.target(*args) if callable(node.target) else old
         except (TypeError, ValueError, ArithmeticError):
@@ -124,7 +138,9 @@ class _Writer:
         positions = found.positions[mask[found.positions]]
         self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node.name)
 
-    def _gather(self, source: fx.Node, dim: int, positions: Tensor, mask: Tensor, name: str) -> fx.Node:
+    def _gather(
+        self, source: fx.Node, dim: int, positions: Tensor, mask: Tensor, name: str
+    ) -> fx.Node:
         rank = torch.cumsum(mask, 0) - 1
         index = rank[positions]
         if torch.equal(index, torch.arange(int(mask.sum()))):
@@ -143,10 +159,12 @@ class _Writer:
         if use.rule.kind in _COMPUTED_SIZES:
             self.movement(call)
         else:
-            call.args, call.kwargs = self.pinned(call.args), self.pinned(call.kwargs)
+            call.args, call.kwargs = self.pinned(call.args), dict(self.pinned(call.kwargs))
             if node in self.flow.uses:
                 self.sized(call, self.flow.uses[node])
-            self.env[node] = self._emit(call.op, call.target, call.args, call.kwargs, node, call.attrs)
+            self.env[node] = self._emit(
+                call.op, call.target, call.args, call.kwargs, node, call.attrs
+            )
 
     def pinned(self, args: Any) -> Any:
         """Numbers that would change with the widths stay what the original computed with."""
@@ -169,7 +187,10 @@ class _Writer:
                 self._set_size(call, key, value)
         for key, letter in use.rule.pins.items():
             size = use.binding.sizes[letter]
-            if self._letters_size(use, letter) != size and call.use.bound(call.args, call.kwargs).get(key) is None:
+            if (
+                self._letters_size(use, letter) != size
+                and call.use.bound(call.args, call.kwargs).get(key) is None
+            ):
                 call.kwargs[key] = size**-0.5
 
     def _letters_size(self, use: DimsUse, text: str) -> Any:
@@ -177,8 +198,12 @@ class _Writer:
             return new_size(letter, use.layers, self.widths.kept, use.binding.sizes[letter])
 
         if text.startswith("*"):
-            names = [n for n in use.binding.sizes if n.rstrip("0123456789") == text[1:] and n != text[1:]]
-            return tuple(size(name) for name in sorted(names, key=lambda n: int(n[len(text) - 1 :])))
+            names = [
+                n for n in use.binding.sizes if n.rstrip("0123456789") == text[1:] and n != text[1:]
+            ]
+            return tuple(
+                size(name) for name in sorted(names, key=lambda n: int(n[len(text) - 1 :]))
+            )
         product = 1
         for letter in text.split():
             product *= size(letter)
@@ -192,7 +217,10 @@ class _Writer:
         if isinstance(given, fx.Node) and self.numbers.get(given) == value:
             return
         if isinstance(given, (list, tuple)):
-            value = [g if isinstance(g, fx.Node) and self.numbers.get(g) == v else v for g, v in zip(given, value, strict=True)]
+            value = [
+                g if isinstance(g, fx.Node) and self.numbers.get(g) == v else v
+                for g, v in zip(given, value, strict=True)
+            ]
         at = call.use.arguments.index(key)
         if key in call.kwargs:
             call.kwargs[key] = value
@@ -203,10 +231,16 @@ class _Writer:
 
     def movement(self, call: Call) -> None:
         node, rule = call.node, call.use.rule
-        source = self.widths.value(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        source = (
+            self.widths.value(node.args[0])
+            if node.args and isinstance(node.args[0], fx.Node)
+            else None
+        )
         source = source if isinstance(source, Value) else Value(())
         if rule.fix:
-            literals.FIXES[rule.fix](call, Context(self.widths, lambda n: self.numbers.get(n), source))
+            literals.FIXES[rule.fix](
+                call, Context(self.widths, lambda n: self.numbers.get(n), source)
+            )
         if rule.kind == "move" and not call.gathers and self.widths.changed(source):
             if not self.delivers(call, source):
                 return self.by_gather(node)
@@ -217,7 +251,9 @@ class _Writer:
                 self.env[node] = taken
                 return
             env = {**env, node.args[0]: taken}
-        self.env[node] = self._emit(call.op, call.target, call.args, call.kwargs, node, call.attrs, env)
+        self.env[node] = self._emit(
+            call.op, call.target, call.args, call.kwargs, node, call.attrs, env
+        )
 
     def _pregathered(self, call: Call, source: Value) -> fx.Node:
         taken = self.env[call.node.args[0]]
@@ -233,7 +269,7 @@ class _Writer:
         shapes = [self.widths.shape(call.node, value) for value in wanted]
         shape = self.widths.shape(call.node.args[0], source)
         for k, layer in enumerate(self.widths.layers(source)):
-            ids = self.widths.compact(call.node.args[0], layer)
+            ids = self.widths.compact(call.node.args[0], source, layer)
             found = movement.move(ids, shape, lambda x: self._run(call, x), shapes)
             if found is None:
                 return False
@@ -246,7 +282,7 @@ class _Writer:
         layers = [la for la in value.layers if la.varying]
         if len(layers) != count:
             return True
-        wanted = self.widths.compact(node, layers[k])
+        wanted = self.widths.compact(node, value, layers[k])
         shape = torch.broadcast_shapes(wanted.shape, found.shape)
         return torch.equal(wanted.expand(shape), found.expand(shape))
 
@@ -258,7 +294,10 @@ class _Writer:
         def concrete(arg):
             return self.numbers.get(arg, arg.meta["val"]) if isinstance(arg, fx.Node) else arg
 
-        args, kwargs = fx.node.map_aggregate(call.args[1:], concrete), fx.node.map_aggregate(call.kwargs, concrete)
+        args, kwargs = (
+            fx.node.map_aggregate(call.args[1:], concrete),
+            fx.node.map_aggregate(call.kwargs, concrete),
+        )
         if call.op == "call_module":
             return self.modules[call.target](ids)
         if call.op == "call_method":
@@ -276,11 +315,18 @@ class _Writer:
         self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node.name)
 
     def _rerun(self, node: fx.Node, ids: Tensor, shape):
-        outputs = [tuple(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
-        call = Call(node, self.flow.rules[node], node.op, node.target, tuple(node.args), dict(node.kwargs))
+        outputs = [
+            tuple(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)
+        ]
+        call = Call(
+            node, self.flow.rules[node], node.op, node.target, tuple(node.args), dict(node.kwargs)
+        )
 
         def run(x):
-            old = fx.node.map_aggregate((call.args[1:], call.kwargs), lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
+            old = fx.node.map_aggregate(
+                (call.args[1:], call.kwargs),
+                lambda a: a.meta["val"] if isinstance(a, fx.Node) else a,
+            )
             if call.op == "call_module":
                 return self.modules[call.target](x)
             if call.op == "call_method":
@@ -291,9 +337,21 @@ class _Writer:
 
     # -- emitting --------------------------------------------------------------------------------
 
-    def _emit(self, op: str, target: Any, args: Any, kwargs: Any, node: fx.Node, attrs: Any = None, env=None) -> fx.Node:
+    def _emit(
+        self,
+        op: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        node: fx.Node,
+        attrs: Any = None,
+        env=None,
+    ) -> fx.Node:
         env = self.env if env is None else env
-        args, kwargs = (fx.node.map_aggregate(a, lambda x: env[x] if isinstance(x, fx.Node) else x) for a in (args, kwargs))
+        args, kwargs = (
+            fx.node.map_aggregate(a, lambda x: env[x] if isinstance(x, fx.Node) else x)
+            for a in (args, kwargs)
+        )
         if op == "call_module" and target not in self.root:
             self.root[target] = self.submodule(target, attrs or {})
         return self.graph.create_node(op, target, args, kwargs, node.name)
@@ -308,10 +366,19 @@ class _Writer:
                 for name, t in getattr(old, table).items()
             }
         new.__dict__["_modules"] = dict(old._modules)
-        for name in ("_backward_hooks", "_forward_hooks", "_forward_pre_hooks", "_non_persistent_buffers_set"):
+        for name in (
+            "_backward_hooks",
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_non_persistent_buffers_set",
+        ):
             new.__dict__[name] = copy.copy(getattr(old, name))
-        if hasattr(old, "_flat_weights_names"):  # recurrent modules list their weights a second time
-            new.__dict__["_flat_weights"] = [new._parameters.get(n) for n in old._flat_weights_names]
+        if hasattr(
+            old, "_flat_weights_names"
+        ):  # recurrent modules list their weights a second time
+            new.__dict__["_flat_weights"] = [
+                new._parameters.get(n) for n in old._flat_weights_names
+            ]
         for key, value in attrs.items():
             if hasattr(old, key):
                 setattr(new, key, value)
@@ -326,7 +393,11 @@ class _Writer:
             new = gather(old.detach(), self.kept.get(name, {}))
             if new.data_ptr() == old.data_ptr() or new is old:
                 new = new.clone()
-            if old.ndim == 4 and not old.is_contiguous() and old.is_contiguous(memory_format=torch.channels_last):
+            if (
+                old.ndim == 4
+                and not old.is_contiguous()
+                and old.is_contiguous(memory_format=torch.channels_last)
+            ):
                 new = new.contiguous(memory_format=torch.channels_last)
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
@@ -336,7 +407,11 @@ class _Writer:
     def module(self) -> PrunedModule:
         root: dict[str, Any] = {**self.root, **self.constants, "training": self.model.training}
         names = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
-        module = PrunedModule({k: v for k, v in root.items() if k in names or k == "training"}, self.graph, type(self.model).__name__)
+        module = PrunedModule(
+            {k: v for k, v in root.items() if k in names or k == "training"},
+            self.graph,
+            type(self.model).__name__,
+        )
         self._mark_buffers(module)
         for name, child in module.named_modules():
             if name not in self.root:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import fx
 
 from . import pattern
 from .errors import RuleError, nearest
@@ -53,6 +54,9 @@ class Rule(BaseModel):
     ``mixes``    letters over which values are mixed; ``norm`` says the mixing is a normalisation
     ``scales``   the operand that holds one scale a channel
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
+    ``defaults`` what arguments are that a call of the function leaves out
+    ``when``     what arguments must be for the rule to fit: a value, ``none``, ``tensor``, ``bool``,
+                 ``number``, a comparison (``"> 0"``), or a list of which one must hold
     ``macs``     letters whose product is the op's multiply-accumulates
     ``fix``      how literals in a call of a movement are corrected
     """
@@ -60,8 +64,20 @@ class Rule(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = ""
     where: str = ""
-    kind: Literal["pointwise", "dims", "einsum", "matmul", "reduce", "reshape", "move", "cat", "pad", "fill",
-                  "assign", "plain"]
+    kind: Literal[
+        "pointwise",
+        "dims",
+        "einsum",
+        "matmul",
+        "reduce",
+        "reshape",
+        "move",
+        "cat",
+        "pad",
+        "fill",
+        "assign",
+        "plain",
+    ]
     words: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
@@ -79,6 +95,7 @@ class Rule(BaseModel):
     scales: str | None = None
     pins: dict[str, str] = Field(default_factory=dict)
     macs: str = ""
+    defaults: dict[str, Any] = Field(default_factory=dict)
     when: dict[str, Any] = Field(default_factory=dict)
     fix: str | None = None
     new_dim: bool = False
@@ -108,6 +125,13 @@ class Rule(BaseModel):
         for text in (*self.calls, *self.modules):
             if not _SIGNATURE.fullmatch(text):
                 raise ValueError(f"`{text}` is not a call; write `name(argument, argument)`")
+        named = {name.lstrip("*") for text in self.calls for name in _names(text)}
+        for key in (*self.when, *self.defaults):
+            if key not in {*named, *self.operands}:
+                known = nearest(key, named)
+                raise ValueError(
+                    f"no call has an argument `{key}`" + (f"; {known}" if known else "")
+                )
         return self
 
     @property
@@ -131,16 +155,25 @@ def _check_letters(rule: Rule, dims: pattern.Pattern) -> None:
         if word.lstrip("*") not in letters:
             raise RuleError(f"`{word}` is not a letter of `{dims}`", hint=nearest(word, letters))
     if rule.scales and rule.scales not in rule.operands:
-        raise RuleError(f"`{rule.scales}` is not an operand", hint=nearest(rule.scales, rule.operands))
+        raise RuleError(
+            f"`{rule.scales}` is not an operand", hint=nearest(rule.scales, rule.operands)
+        )
     for operand, name in zip(dims.inputs[1:], rule.operands[1:], strict=True):
-        alone = set(operand.letters()) - (inputs - set(operand.letters())) - set(dims.output.letters())
+        alone = (
+            set(operand.letters()) - (inputs - set(operand.letters())) - set(dims.output.letters())
+        )
         if set(operand.letters()) and alone == set(operand.letters()):
             others = {x for o in dims.inputs if o is not operand for x in o.letters()}
             if not others & set(operand.letters()):
-                raise RuleError(f"no letter of operand `{name}` ({operand}) stands anywhere else in `{dims}`")
+                raise RuleError(
+                    f"no letter of operand `{name}` ({operand}) stands anywhere else in `{dims}`"
+                )
 
 
 _SIGNATURE = re.compile(r"([\w.]+)\(([\w\s,*]*)\)")
+
+
+Call = tuple[tuple, Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -149,6 +182,7 @@ class Use:
 
     rule: Rule
     arguments: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def bound(self, args: tuple, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """The call's arguments by name; a starred last name takes the rest."""
@@ -162,7 +196,38 @@ class Use:
                 break
             if i < len(args):
                 found[name] = args[i]
-        return {**found, **kwargs}
+        return {**self.defaults, **found, **kwargs}
+
+    def fits(self, call: Call | None) -> bool:
+        """Whether the call's arguments are what the rule's ``when`` asks for."""
+        if not self.rule.when:
+            return True
+        if call is None:
+            return False
+        bound = self.bound(*call)
+        return all(_holds(wanted, bound.get(key)) for key, wanted in self.rule.when.items())
+
+
+_COMPARISON = re.compile(r"(<=|>=|<|>) *(-?[\d.]+)")
+_COMPARED = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
+
+
+def _holds(wanted: Any, value: Any) -> bool:
+    """Whether one condition of a ``when`` holds for an argument (a node stands for what it gave)."""
+    value = value.meta.get("val") if isinstance(value, fx.Node) else value
+    if isinstance(wanted, list):
+        return any(_holds(each, value) for each in wanted)
+    if isinstance(value, torch.Tensor):
+        return wanted == "tensor"
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if wanted in ("tensor", "bool", "number", "none", None):
+        return {"bool": isinstance(value, bool), "number": number}.get(wanted, False) or (
+            wanted in ("none", None) and value is None
+        )
+    compared = _COMPARISON.fullmatch(wanted) if isinstance(wanted, str) else None
+    if compared:
+        return number and bool(_COMPARED[compared[1]](value, float(compared[2])))
+    return isinstance(value, bool) == isinstance(wanted, bool) and bool(value == wanted)
 
 
 @dataclass
@@ -171,62 +236,57 @@ class Rules:
 
     rules: list[Rule] = field(default_factory=list)
     functions: dict[Any, list[Use]] = field(default_factory=dict)
-    methods: dict[str, Use] = field(default_factory=dict)
+    methods: dict[str, list[Use]] = field(default_factory=dict)
     words: dict[str, Use] = field(default_factory=dict)
     modules: dict[str, Use] = field(default_factory=dict)
     _found: dict[Any, Use | None] = field(default_factory=dict)
 
     def copy(self) -> Rules:
-        return Rules(list(self.rules), {k: list(v) for k, v in self.functions.items()}, dict(self.methods),
-                     dict(self.words), dict(self.modules))  # fmt: skip
+        functions = {key: list(uses) for key, uses in self.functions.items()}
+        methods = {key: list(uses) for key, uses in self.methods.items()}
+        return Rules(list(self.rules), functions, methods, dict(self.words), dict(self.modules))
 
     def add(self, rule: Rule) -> None:
+        """Add a rule; it wins over those added before for the same call."""
         self.rules.append(rule)
         for word in rule.words:
-            target = getattr(torch.nn, word, None) if word[0].isupper() else None
-            use = Use(rule, rule.operands)
-            if "." in word:
-                self._call(word, use)
-            elif isinstance(target, type):
-                self.modules[f"{target.__module__}.{target.__qualname__}"] = Use(rule, ("input",))
+            found = getattr(torch.nn, word, None) if word[0].isupper() else None
+            if isinstance(found, type):
+                self._module(word, found, Use(rule, ("input",)))
             else:
-                self.words[word] = use
+                self.words[_base(word)] = Use(rule, rule.operands, rule.defaults)
         for text in rule.calls:
             self._call(*_signature(text, rule))
         for text in rule.modules:
             name, use = _signature(text, rule)
-            found = _resolve(name)
-            if isinstance(found, type):
-                name = f"{found.__module__}.{found.__qualname__}"
-            self.modules[name] = use
+            self._module(name, _resolve(name), use)
         self._found.clear()
+
+    def _module(self, name: str, found: Any, use: Use) -> None:
+        if isinstance(found, type):
+            name = f"{found.__module__}.{found.__qualname__}"
+        self.modules[name] = Use(use.rule, use.arguments)
 
     def _call(self, name: str, use: Use) -> None:
         if name.startswith("Tensor."):
-            self.methods[name.removeprefix("Tensor.")] = use
-        else:
-            found = _resolve(name)
-            if isinstance(found, type) and issubclass(found, torch.nn.Module):
-                self.modules[f"{found.__module__}.{found.__qualname__}"] = Use(use.rule, ("input",))
-            elif found is not None:
-                self.functions.setdefault(found, []).insert(0, use)
+            self.methods.setdefault(name.removeprefix("Tensor."), []).insert(0, use)
+            name = f"torch.{name}"  # operators reach a tracer as functions of the class
+        found = _resolve(name)
+        if callable(found):
+            self.functions.setdefault(found, []).insert(0, use)
 
-    def of_function(self, function, bound_args=None) -> Use | None:
-        """The rule of a function (an aten overload stands for its packet)."""
-        uses = self.functions.get(function) or self.functions.get(getattr(function, "overloadpacket", None))
-        if uses:
-            return next((use for use in uses if _applies(use, bound_args)), None)
-        if getattr(function, "__module__", None) in _WORD_SPACES:
-            return self.words.get(getattr(function, "__name__", "").rstrip("_"))
-        packet = getattr(function, "overloadpacket", function)
-        if isinstance(packet, torch._ops.OpOverloadPacket) and str(packet).startswith("aten."):
-            return self.words.get(str(packet).removeprefix("aten.").rstrip("_"))
-        return None
+    def of_function(self, function: Any, call: Call | None = None) -> Use | None:
+        """The rule of a function (an aten overload stands for its packet) called like this."""
+        uses = self.functions.get(function) or self.functions.get(
+            getattr(function, "overloadpacket", None), ()
+        )
+        use = next((use for use in uses if use.fits(call)), None)
+        return use or self.words.get(_word(function))
 
-    def of_method(self, name: str) -> Use | None:
+    def of_method(self, name: str, call: Call | None = None) -> Use | None:
         """The rule of a tensor method; an in-place method has its plain form's rule."""
-        base = name if name.startswith("__") else name.rstrip("_")
-        return self.methods.get(name) or self.methods.get(base) or self.words.get(base)
+        uses = (*self.methods.get(name, ()), *self.methods.get(_base(name), ()))
+        return next((use for use in uses if use.fits(call)), None) or self.words.get(_base(name))
 
     def of_module(self, cls: type) -> Use | None:
         """The rule of a module class, inherited as long as the subclass computes the same."""
@@ -243,7 +303,15 @@ class Rules:
 
 
 def _computes_as(cls: type, base: type) -> bool:
-    harmless = {"__init__", "__module__", "__doc__", "__qualname__", "extra_repr", "__repr__", "reset_parameters"}
+    harmless = {
+        "__init__",
+        "__module__",
+        "__doc__",
+        "__qualname__",
+        "extra_repr",
+        "__repr__",
+        "reset_parameters",
+    }
     for between in cls.__mro__[: cls.__mro__.index(base)]:
         for name, value in vars(between).items():
             known = getattr(base, name, None)
@@ -252,18 +320,28 @@ def _computes_as(cls: type, base: type) -> bool:
     return True
 
 
-def _applies(use: Use, bound_args) -> bool:
-    if not use.rule.when:
-        return True
-    bound = use.bound(*(bound_args or ((), {})))
-    return all(bound.get(key) == value for key, value in use.rule.when.items())
+def _base(name: str) -> str:
+    """``relu`` for ``relu_``, ``and`` for ``and_``; ``__rsub__`` stays."""
+    return name if name.startswith("__") else name.rstrip("_")
+
+
+def _word(function: Any) -> str:
+    """The word that means a function, if words can mean it: one of torch's own or an operator."""
+    packet = getattr(function, "overloadpacket", function)
+    if isinstance(packet, torch._ops.OpOverloadPacket):
+        return _base(str(packet).removeprefix("aten.")) if str(packet).startswith("aten.") else ""
+    known = getattr(function, "__module__", None) in _WORD_SPACES
+    return _base(getattr(function, "__name__", "")) if known else ""
 
 
 def _signature(text: str, rule: Rule) -> tuple[str, Use]:
-    found = _SIGNATURE.fullmatch(text)
-    assert found, text
-    names = tuple(name.strip() for name in found.group(2).split(",") if name.strip())
-    return found.group(1), Use(rule, names)
+    return text.partition("(")[0], Use(rule, _names(text), rule.defaults)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The names of the arguments in ``call(argument, argument)``."""
+    inside = text.partition("(")[2].rstrip(")")
+    return tuple(name.strip() for name in inside.split(",") if name.strip())
 
 
 def _resolve(name: str) -> Any:
@@ -308,13 +386,17 @@ def _entries(text: str, where: str) -> Iterator[Rule]:
     if root is None:
         return
     if not isinstance(data, dict):
-        raise RuleError(f"{where}:1 must hold named rules", hint="write `name:` and the rule's fields below it")
+        raise RuleError(
+            f"{where}:1 must hold named rules", hint="write `name:` and the rule's fields below it"
+        )
     for key, value in root.value:
         line = key.start_mark.line + 1
         if not isinstance(data[key.value], dict):
             raise RuleError(f"{where}:{line} rule `{key.value}` must hold fields")
         try:
-            yield Rule.model_validate({**data[key.value], "name": key.value, "where": f"{where}:{line}"})
+            yield Rule.model_validate(
+                {**data[key.value], "name": key.value, "where": f"{where}:{line}"}
+            )
         except ValidationError as error:
             raise _broken(error, key.value, where, line, value) from None
 

@@ -24,7 +24,12 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def score(
-    groups: Groups, tensors: Mapping[str, Tensor], name: str, criterion: Criterion, *, reduce: Reduce = "mean"
+    groups: Groups,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    criterion: Criterion,
+    *,
+    reduce: Reduce = "mean",
 ) -> dict[int, np.ndarray]:
     """Scores of each prunable group, by its place in ``groups.groups``; float64, higher stays.
 
@@ -32,7 +37,10 @@ def score(
     layers. Raises `CriterionError` where the criterion does not give one finite number a channel.
     """
     if reduce not in _REDUCTIONS:
-        raise OptionError(f"reduce=`{reduce}` is not known", hint=nearest(reduce, _REDUCTIONS) or "mean, sum, max, first")
+        raise OptionError(
+            f"reduce=`{reduce}` is not known",
+            hint=nearest(reduce, _REDUCTIONS) or "mean, sum, max, first",
+        )
     join = _REDUCTIONS[reduce]
     with torch.no_grad():
         return {

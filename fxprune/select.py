@@ -111,7 +111,9 @@ def _cumulative(scores: np.ndarray, rate: float) -> int:
 
 def _global(scores, allowed: Mapping[int, float], options: Options) -> dict[int, int]:
     """One cut through all channels; groups with a rate of their own are cut apart."""
-    apart = {i: _count(len(scores[i]) * rate) for i, rate in allowed.items() if rate != options.rate}
+    apart = {
+        i: _count(len(scores[i]) * rate) for i, rate in allowed.items() if rate != options.rate
+    }
     shared = [i for i in allowed if i not in apart]
     if not shared:
         return apart
@@ -154,7 +156,9 @@ def _families(groups: Groups, scores) -> list[_Family]:
     return list(families.values())
 
 
-def _choose(groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons: dict[int, str]) -> None:
+def _choose(
+    groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons: dict[int, str]
+) -> None:
     if family.constraints:
         _choose_bound(groups, family, scores, wanted, options, kept, reasons)
         return
@@ -166,7 +170,9 @@ def _choose(groups: Groups, family: _Family, scores, wanted, options: Options, k
 
 def _allowed(size: int, count: int, options: Options, *, step: int = 1) -> int:
     """How many of `size` channels may go when `count` should: floors, caps and rounding."""
-    count = min(count, size - min(max(options.min_channels, 1), size), _count(size * options.max_rate))
+    count = min(
+        count, size - min(max(options.min_channels, 1), size), _count(size * options.max_rate)
+    )
     if options.round_to > 1:
         left = size - count
         whole = math.lcm(options.round_to, step)
@@ -175,7 +181,9 @@ def _allowed(size: int, count: int, options: Options, *, step: int = 1) -> int:
     return max(count - count % step, 0)
 
 
-def _choose_bound(groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons) -> None:
+def _choose_bound(
+    groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons
+) -> None:
     """Rows that partition the family are cut to one count each; anything else is a small integer program."""
     channels = np.concatenate([groups.groups[i].channels for i in family.groups])
     value = np.concatenate([_normal(scores[i]) for i in family.groups])
@@ -185,7 +193,9 @@ def _choose_bound(groups: Groups, family: _Family, scores, wanted, options: Opti
     if rows is not None and not ignored.any():
         share = min(gone / len(channels), max(options.max_rate, 0.0))
         size = rows.shape[1]
-        count = _allowed(rows.size, _count(size * share) * len(rows), options, step=len(rows)) // len(rows)
+        count = _allowed(
+            rows.size, _count(size * share) * len(rows), options, step=len(rows)
+        ) // len(rows)
         place = {c: k for k, c in enumerate(channels.tolist())}
         for row in rows:
             order = np.argsort([value[place[c]] for c in row.tolist()], kind="stable")
@@ -194,10 +204,14 @@ def _choose_bound(groups: Groups, family: _Family, scores, wanted, options: Opti
         from .program import solve
 
         limit = _allowed(len(channels), gone, options)
-        kept[channels] = solve(channels, np.where(ignored, np.inf, value), family.constraints, limit)
+        kept[channels] = solve(
+            channels, np.where(ignored, np.inf, value), family.constraints, limit
+        )
     for i in family.groups:
         c = family.constraints[0]
-        reasons[i] = f"keeps equal counts in {len(c.rows)} blocks of {c.rows.shape[1]} (%{c.node.name})"
+        reasons[i] = (
+            f"keeps equal counts in {len(c.rows)} blocks of {c.rows.shape[1]} (%{c.node.name})"
+        )
 
 
 def _finest(constraints: Sequence[Constraint], channels: np.ndarray) -> np.ndarray | None:
@@ -241,10 +255,14 @@ def _restore_broken(groups: Groups, scores, kept: np.ndarray, reasons: dict[int,
             if counts.min() != counts.max() or not counts.min():
                 for i in family.groups:
                     kept[groups.groups[i].channels] = True
-                    reasons[i] = f"no equal counts were found in the blocks of %{constraint.node.name}"
+                    reasons[i] = (
+                        f"no equal counts were found in the blocks of %{constraint.node.name}"
+                    )
 
 
-def _explain_shortfall(groups: Groups, i: int, rate: float, kept, options: Options, reasons: dict[int, str]) -> None:
+def _explain_shortfall(
+    groups: Groups, i: int, rate: float, kept, options: Options, reasons: dict[int, str]
+) -> None:
     group = groups.groups[i]
     gone = len(group) - int(kept[group.channels].sum())
     if options.rule != "rate" or options.scope == "global" or gone >= _count(len(group) * rate):

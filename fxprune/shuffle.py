@@ -56,14 +56,20 @@ def find_gather(node: fx.Node, values: dict[fx.Node, Any], rerun: Rerun) -> Gath
             return None
         if len(value.layers[0].varying) == 1:
             return _checked(source, value, chain[::-1], values, rerun)
-        if sum(isinstance(values.get(user), Value) or user in chain for user in source.users) != 1:
+        if sum(isinstance(user.meta.get("val"), Tensor) or user.op == "output" for user in source.users) != 1:
             return None
         chain.append(source)
-        source = source.args[0] if source.args and source.op in ("call_method", "call_function") else None
+        source = (
+            source.args[0]
+            if source.args and source.op in ("call_method", "call_function")
+            else None
+        )
     return None
 
 
-def _checked(source: fx.Node, value: Value, chain: list[fx.Node], values, rerun: Rerun) -> Gather | None:
+def _checked(
+    source: fx.Node, value: Value, chain: list[fx.Node], values, rerun: Rerun
+) -> Gather | None:
     dim = value.layers[0].varying[0]
     positions = None
     for d, size in enumerate(value.shape):

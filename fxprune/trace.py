@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import linecache
 import operator
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -30,8 +31,8 @@ from .pattern import bind
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain, traced
 
-_OWN = str(Path(__file__).parent)
-_TORCH = str(Path(torch.__file__).parent)
+_OWN = str(Path(__file__).parent) + os.sep
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 _DUNDERS = {
     "__getitem__": operator.getitem, "__setitem__": operator.setitem, "add": operator.add, "sub": operator.sub,
     "mul": operator.mul, "div": operator.truediv, "matmul": operator.matmul, "neg": operator.neg,
@@ -39,7 +40,9 @@ _DUNDERS = {
 _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension"}
 
 
-def trace(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None, *, rules: Rules) -> fx.GraphModule:
+def trace(
+    model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = None, *, rules: Rules
+) -> fx.GraphModule:
     """The model's eval-mode forward on these inputs as a graph.
 
     `args` and `kwargs` are tensors (of any device; only shapes and dtypes are used), numbers, or
@@ -51,7 +54,9 @@ def trace(model: nn.Module, args: tuple = (), kwargs: dict[str, Any] | None = No
     with tracer.patched(), torch.no_grad():
         output = tracer.run(args, kwargs or {})
     tracer.finish(output)
-    graph_module = fx.GraphModule(_Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__)
+    graph_module = fx.GraphModule(
+        _Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__
+    )
     graph_module.meta["fxprune_aliases"] = tracer.aliases
     return graph_module
 
@@ -77,7 +82,9 @@ def skeleton(model: nn.Module) -> nn.Module:
         for table in ("_parameters", "_buffers"):
             copy.__dict__[table] = dict(module.__dict__[table])
         children = module.__dict__["_modules"].items()
-        copy.__dict__["_modules"] = {name: None if m is None else copies[id(m)] for name, m in children}
+        copy.__dict__["_modules"] = {
+            name: None if m is None else copies[id(m)] for name, m in children
+        }
     return copies[id(model)]
 
 
@@ -106,7 +113,8 @@ class _Tracer(TorchFunctionMode):
             for name, module in root.named_modules(remove_duplicate=False):
                 self.module_names.setdefault(id(module), name)
         for module in self.model.modules():
-            module.__dict__["training"] = flag
+            leaf = self.rules.of_module(type(module)) is not None  # C++ code there wants a bool
+            module.__dict__["training"] = False if leaf else flag
         self.tensor_names: dict[int, str] = {}
         self.aliases: dict[str, str] = {}
         self.buffers: set[int] = set()
@@ -147,7 +155,9 @@ class _Tracer(TorchFunctionMode):
         for name, value in bound.arguments.items():
             kind = bound.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
-                bound.arguments[name] = tuple(self.placeholder(f"{name}_{i}", v) for i, v in enumerate(value))
+                bound.arguments[name] = tuple(
+                    self.placeholder(f"{name}_{i}", v) for i, v in enumerate(value)
+                )
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 bound.arguments[name] = {key: self.placeholder(key, v) for key, v in value.items()}
             else:
@@ -161,14 +171,18 @@ class _Tracer(TorchFunctionMode):
 
     def failed(self, error: Exception) -> FxpruneError:
         frames = inspect.trace()
-        user = [f for f in frames if not f.filename.startswith((_OWN, _TORCH)) and f.filename[0] != "<"]
+        user = [
+            f for f in frames if not f.filename.startswith((_OWN, _TORCH)) and f.filename[0] != "<"
+        ]
         where = user[-1] if user else frames[-1]
         line = (where.code_context or [""])[0].strip()
         details = [("at", f"{where.filename}:{where.lineno}, in {where.function}: {line}")]
         last = next(iter(reversed(self.graph.nodes)), None)
         details.append(("after", f"%{last.name} = {last.target}" if last is not None else ""))
         message = str(error).strip().split("\n")[0]
-        value_dependent = any(word in message for word in ("meta tensor", "Meta tensor", "data-dependent", "nonzero"))
+        value_dependent = any(
+            word in message for word in ("meta tensor", "Meta tensor", "data-dependent", "nonzero")
+        )
         if value_dependent:
             return TraceError(
                 f"{type(self.original).__name__}.forward depends on the values in a tensor: {message}",
@@ -208,7 +222,9 @@ class _Tracer(TorchFunctionMode):
             keys = value.keys() if isinstance(value, dict) else range(len(value))
             for key in keys:
                 if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value[key])):
-                    self.opened(self.create("call_function", operator.getitem, (node, key), {}), value[key])
+                    self.opened(
+                        self.create("call_function", operator.getitem, (node, key), {}), value[key]
+                    )
         return value
 
     # -- recording -------------------------------------------------------------------------------
@@ -235,7 +251,9 @@ class _Tracer(TorchFunctionMode):
     def query(self, func, name: str, args, kwargs):
         """Shapes as traced ints; devices and dtypes remembered with the tensor they are of."""
         tensor = args[0]
-        prop = getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+        prop = (
+            getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+        )
         if prop in ("shape", "size") and id(tensor) in self.nodes:
             size = TracedSize(TracedInt(n, ("size", tensor, i)) for i, n in enumerate(func(tensor)))
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -254,7 +272,9 @@ class _Tracer(TorchFunctionMode):
         if value is NotImplemented:
             value = self.evaluate(func, args, kwargs)
         mutates = func is operator.setitem or name == "__setitem__"
-        if not mutates and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+        if not mutates and not any(
+            isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)
+        ):
             return value
         op, target = self.target(func, name)
         node = self.create(op, target, self.nodes_of(args), self.nodes_of(kwargs))
@@ -280,6 +300,8 @@ class _Tracer(TorchFunctionMode):
         ):
             if name in _DUNDERS:
                 return "call_function", _DUNDERS[name]
+            return "call_method", name
+        if getattr(func, "__module__", "") == "torch._tensor":  # Python wrappers of methods
             return "call_method", name
         return "call_function", func
 
@@ -325,7 +347,9 @@ class _Tracer(TorchFunctionMode):
         if isinstance(value, dict):
             return {key: self.nodes_of(v) for key, v in value.items()}
         if isinstance(value, slice):
-            return slice(self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step))
+            return slice(
+                self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step)
+            )
         if isinstance(value, torch.device) and value.type == "meta" and value in self.asked:
             return self._attribute(self.asked[value], "device", value)
         if isinstance(value, torch.dtype) and value in self.asked:
@@ -423,8 +447,12 @@ class _Tracer(TorchFunctionMode):
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return self._made(type(value), tuple(self.output_of(v) for v in value), {}, value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            fields = {f.name: self.output_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return self._made(type(value), (), {k: v for k, v in fields.items() if v is not None}, value)
+            fields = {
+                f.name: self.output_of(getattr(value, f.name)) for f in dataclasses.fields(value)
+            }
+            return self._made(
+                type(value), (), {k: v for k, v in fields.items() if v is not None}, value
+            )
         if isinstance(value, collections.abc.Mapping):
             pairs = [(key, self.output_of(v)) for key, v in value.items()]
             return self._made(type(value), (pairs,), {}, value)
@@ -446,9 +474,15 @@ def _body_of(func: types.FunctionType) -> Callable | None:
     """A functional's body without its dispatch to modes, so that the calls inside are seen."""
     if func.__module__ not in ("torch.nn.functional", "torch.functional"):
         return None
-    never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
+    never = dict.fromkeys(
+        ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never
+    )
     copy = types.FunctionType(
-        func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__, func.__closure__
+        func.__code__,
+        {**func.__globals__, **never},
+        func.__name__,
+        func.__defaults__,
+        func.__closure__,
     )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
@@ -458,14 +492,22 @@ def _never(*_args) -> bool:
     return False
 
 
-def unchanged_shape(rules: Rules, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+def unchanged_shape(
+    rules: Rules, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]
+) -> torch.Tensor | None:
     """The output of a module whose rule says that it has its one input's shape; None for others.
 
     Saves running norms on the meta device, where torch decomposes them step by step. Parameters
     that do not fit the input raise, as they would in a run.
     """
     use = rules.of_module(type(module))
-    if use is None or len(args) != 1 or kwargs or not isinstance(args[0], torch.Tensor) or not args[0].is_meta:
+    if (
+        use is None
+        or len(args) != 1
+        or kwargs
+        or not isinstance(args[0], torch.Tensor)
+        or not args[0].is_meta
+    ):
         return None
     rule, x = use.rule, args[0]
     if rule.kind == "pointwise" and not module._parameters and rule.zero == "keeps":
@@ -475,9 +517,16 @@ def unchanged_shape(rules: Rules, module: nn.Module, args: tuple, kwargs: Mappin
     names = rule.operands[1:]
     if any(ranks not in dir(module) for ranks in rule.ranks.values()):
         return None
-    shapes = [x.shape, *(None if (t := getattr(module, name, None)) is None else t.shape for name in names)]
+    shapes = [
+        x.shape,
+        *(None if (t := getattr(module, name, None)) is None else t.shape for name in names),
+    ]
     ranks = {letter: len(getattr(module, key)) for letter, key in rule.ranks.items()}
-    sizes = {text: getattr(module, key) for key, text in rule.sizes.items() if len(text.split()) == 1 and "*" not in text}
+    sizes = {
+        text: getattr(module, key)
+        for key, text in rule.sizes.items()
+        if len(text.split()) == 1 and "*" not in text
+    }
     bind(rule.pattern, shapes, tuple(x.shape), sizes=sizes, ranks=ranks)
     return torch.empty_like(x)
 
@@ -508,7 +557,9 @@ def evaluate(func, args, kwargs, standin: Callable[[torch.Tensor, bool, bool], t
             return standin(value, meta, changed and value is tensors[0])
         if isinstance(value, Traced):
             return plain(value)
-        if isinstance(value, torch.device) or (meta and isinstance(value, str) and value.split(":")[0] in _DEVICES):
+        if isinstance(value, torch.device) or (
+            meta and isinstance(value, str) and value.split(":")[0] in _DEVICES
+        ):
             return device
         if isinstance(value, slice):
             return slice(convert(value.start), convert(value.stop), convert(value.step))
@@ -530,7 +581,9 @@ _DEVICES = ("cpu", "cuda", "mps", "meta", "xpu")
 def _without_masks(index: Any) -> Any:
     """A constant boolean mask picks known positions, which also work on meta tensors."""
     parts = index if isinstance(index, tuple) else (index,)
-    if not any(isinstance(p, torch.Tensor) and p.dtype == torch.bool and not p.is_meta for p in parts):
+    if not any(
+        isinstance(p, torch.Tensor) and p.dtype == torch.bool and not p.is_meta for p in parts
+    ):
         return index
     made: list[Any] = []
     for part in parts:
@@ -552,7 +605,12 @@ def mutates(node: fx.Node) -> bool:
     if node.op == "call_module" or node.op == "get_attr":
         return False
     inplace = name.endswith("_") and not name.endswith("__")
-    return inplace or node.target is operator.setitem or node.kwargs.get("inplace") is True or "out" in node.kwargs
+    return (
+        inplace
+        or node.target is operator.setitem
+        or node.kwargs.get("inplace") is True
+        or "out" in node.kwargs
+    )
 
 
 Source = tuple[str, int, str]

@@ -54,14 +54,20 @@ def verify_shapes(flow: Flow, pruned: fx.GraphModule, inputs: Inputs) -> None:
 
     Raises `VerificationError` at the node that fails.
     """
-    args = [pytree.tree_map(_meta, n.meta["val"]) for n in flow.graph.graph.nodes if n.op == "placeholder"]
+    args = [
+        pytree.tree_map(_meta, n.meta["val"])
+        for n in flow.graph.graph.nodes
+        if n.op == "placeholder"
+    ]
     runner = _Shapes(pruned)
     with OnMeta(), torch.no_grad():
         found = runner.run(*args)
     old = next(n.meta["val"] for n in flow.graph.graph.nodes if n.op == "output")
     for expected, got in zip(_tensors(old), _tensors(found), strict=True):
         if expected.shape != got.shape:
-            raise VerificationError(f"an output changed its shape from {list(expected.shape)} to {list(got.shape)}")
+            raise VerificationError(
+                f"an output changed its shape from {list(expected.shape)} to {list(got.shape)}"
+            )
 
 
 class _Shapes(fx.Interpreter):
@@ -91,7 +97,11 @@ class _Shapes(fx.Interpreter):
 
 
 def verify_numbers(
-    flow: Flow, pruned: fx.GraphModule, kept: Mapping[str, dict[int, Kept]], widths: Widths, inputs: Inputs
+    flow: Flow,
+    pruned: fx.GraphModule,
+    kept: Mapping[str, dict[int, Kept]],
+    widths: Widths,
+    inputs: Inputs,
 ) -> Verification:
     """Compare the pruned network with its reference on `inputs`; `VerificationError` if they differ."""
     errors: list[Exception] = []
@@ -102,7 +112,9 @@ def verify_numbers(
             raise
         except RuntimeError as error:  # code that fixes a dtype does not run in another
             errors.append(error)
-    raise VerificationError(f"the original or the pruned network does not run: {errors[-1]}") from errors[-1]
+    raise VerificationError(
+        f"the original or the pruned network does not run: {errors[-1]}"
+    ) from errors[-1]
 
 
 def _compare(flow, pruned, kept, widths, inputs: Inputs, dtype: torch.dtype | None) -> Verification:
@@ -110,19 +122,44 @@ def _compare(flow, pruned, kept, widths, inputs: Inputs, dtype: torch.dtype | No
     real = random_like(inputs, dtype=dtype, device=device)
     reference = _Masked(flow, pruned, kept, widths, dtype)
     with torch.no_grad():
+        _run_itself(flow, pruned, inputs, device)
         expected = _tensors(reference.run(*_arguments(flow, real)))
         got = _tensors(_Cast(pruned, dtype).run(*_arguments(flow, real)))
     own = dtype or next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
     worst = max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
     elements = sum(t.numel() for t in expected)
     names = {True: "original normalised over the kept channels", False: "masked original"}
-    result = Verification(True, worst, elements, str(own).removeprefix("torch."), real.describe(), names[bool(flow.mixing)])
+    result = Verification(
+        True,
+        worst,
+        elements,
+        str(own).removeprefix("torch."),
+        real.describe(),
+        names[bool(flow.mixing)],
+    )
     if not worst <= _LIMITS.get(own, 5e-2):
         raise VerificationError(
             f"the pruned network differs from the {result.reference} by {worst:.2e} of the largest output",
             hint="this is a defect of fxprune or of a rule; `fxprune.analyze(model)` and a dump show where",
         )
     return result
+
+
+def _run_itself(flow: Flow, pruned: fx.GraphModule, inputs: Inputs, device: torch.device) -> None:
+    """Run the module as its user will: generated code, own dtype."""
+    dtype = next((p.dtype for p in pruned.parameters() if p.is_floating_point()), None)
+    flags = {module: module.training for module in pruned.modules()}
+    pruned.eval()
+    try:
+        pruned(*_arguments(flow, random_like(inputs, dtype=dtype, device=device)))
+    except Exception as error:
+        raise VerificationError(
+            f"the pruned network does not run: {type(error).__name__}: {str(error).splitlines()[0]}",
+            hint="this is a defect of fxprune; please report it with the dump",
+        ) from error
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
 
 
 def _arguments(flow: Flow, real: Inputs) -> list[Any]:
@@ -133,7 +170,9 @@ def _arguments(flow: Flow, real: Inputs) -> list[Any]:
 
 def _difference(expected: Tensor, got: Tensor) -> float:
     if expected.shape != got.shape:
-        raise VerificationError(f"an output changed its shape from {list(expected.shape)} to {list(got.shape)}")
+        raise VerificationError(
+            f"an output changed its shape from {list(expected.shape)} to {list(got.shape)}"
+        )
     if not expected.is_floating_point() and not expected.is_complex():
         return float((expected != got).any()) if expected.numel() else 0.0
     if not expected.numel():
@@ -192,20 +231,31 @@ class _Masked(_Cast):
         twin = self.narrow.get(n.name)
         if n in self.flow.mixing and twin is not None and self._shrinks(n):
             return self._over_kept(n, twin)
-        return super().run_node(n)
+        found = super().run_node(n)
+        value = self.flow.values.get(n)
+        if isinstance(value, Value) and value.weight and isinstance(found, Tensor) and n.op != "get_attr":
+            # what a weight is computed from may be divided by its own norm: 0 / 0 is no weight
+            keep = self._mask(value, found.shape).to(found.device)
+            return torch.where(keep, found, torch.zeros_like(found))
+        return found
 
     def _shrinks(self, n: fx.Node) -> bool:
         return any(self.widths.changed(self.widths.value(o)) for o in n.all_input_nodes)
 
     def _over_kept(self, n: fx.Node, twin: fx.Node) -> Any:
         """The op over the kept channels alone, laid back into a full tensor of zeros."""
-        args, kwargs = fx.node.map_aggregate((n.args, n.kwargs), lambda a: self._taken(a) if isinstance(a, fx.Node) else a)
+        args, kwargs = fx.node.map_aggregate(
+            (n.args, n.kwargs), lambda a: self._taken(a) if isinstance(a, fx.Node) else a
+        )
         literals = (twin.args, twin.kwargs)
         args, kwargs = _merge((args, kwargs), (n.args, n.kwargs), literals)
         found = getattr(self.pruned, n.op)(twin.target, args, kwargs)
         values = pytree.tree_leaves(self.flow.values[n], is_leaf=lambda v: isinstance(v, Value))
         leaves, spec = pytree.tree_flatten(found)
-        laid = [self._laid(n, v, t) if isinstance(t, Tensor) else t for v, t in zip(values, leaves, strict=True)]
+        laid = [
+            self._laid(n, v, t) if isinstance(t, Tensor) else t
+            for v, t in zip(values, leaves, strict=True)
+        ]
         return pytree.tree_unflatten(laid, spec)
 
     def _mask(self, value: Value, shape) -> Tensor:
@@ -218,7 +268,9 @@ class _Masked(_Cast):
         found, value = self.env[node], self.flow.values.get(node)
         if not isinstance(value, Value) or not isinstance(found, Tensor):
             return found
-        return found[self._mask(value, found.shape).to(found.device)].reshape(self.widths.shape(node, value))
+        return found[self._mask(value, found.shape).to(found.device)].reshape(
+            self.widths.shape(node, value)
+        )
 
     def _laid(self, n: fx.Node, value: Value, found: Tensor) -> Tensor:
         full = torch.zeros(value.shape, dtype=found.dtype, device=found.device)
@@ -233,7 +285,9 @@ def _merge(run: Any, old: Any, new: Any) -> Any:
     if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)) and len(old) == len(new):
         return type(old)(_merge(r, o, n) for r, o, n in zip(run, old, new, strict=True))
     if isinstance(old, dict):
-        return {key: _merge(run[key], old[key], new[key]) if key in old else new[key] for key in new}
+        return {
+            key: _merge(run[key], old[key], new[key]) if key in old else new[key] for key in new
+        }
     return new
 
 

@@ -35,17 +35,27 @@ class Widths:
         """A value's layers; those of a parameter are in its slots."""
         if value.param is None:
             return value.layers
-        return tuple(_slot_layer(slot, value.shape) for slot in self.flow.ids.slots.get(value.param, ()))
+        return tuple(
+            _slot_layer(slot, value.shape) for slot in self.flow.ids.slots.get(value.param, ())
+        )
 
     def shape(self, node: fx.Node, value: Value) -> tuple[int, ...]:
         """The value's shape once the others are gone; `RewriteError` if what is left is no grid."""
         shape = list(value.shape)
         for layer in self.layers(value):
-            mask = self.kept[layer.ids]
+            mask = self.mask(value, layer)
             if not mask.all():
-                for d, n in zip(layer.varying, self._grid(node, mask), strict=True):
+                for d, n in zip(_varying(mask), self._grid(node, mask), strict=True):
                     shape[d] = n
         return tuple(shape)
+
+    def mask(self, value: Value, layer: Layer) -> Tensor:
+        """What stays along the layer's dims: of this layer, and of others that share a dim."""
+        mask, dims = self.kept[layer.ids], set(layer.varying)
+        for other in self.layers(value):
+            if other is not layer and dims & set(other.varying):
+                mask = mask & self.kept[other.ids]
+        return mask
 
     def _grid(self, node: fx.Node, mask: Tensor) -> list[int]:
         mask = mask.squeeze()
@@ -55,31 +65,39 @@ class Widths:
             counts = mask.reshape(-1, mask.shape[-1]).sum(-1)
             counts = counts[counts > 0]
             if len(counts) == 0 or int(counts.min()) != int(counts.max()):
-                raise RewriteError(node, f"blocks at %{node.name} would keep different numbers of channels")
+                raise RewriteError(
+                    node, f"blocks at %{node.name} would keep different numbers of channels"
+                )
             sizes[-1] = int(counts[0])
         return sizes
 
     def changed(self, value: Any) -> bool:
         """Whether any of the value's channels go."""
-        return isinstance(value, Value) and any(not self.kept[la.ids].all() for la in self.layers(value))
+        return isinstance(value, Value) and any(
+            not self.kept[la.ids].all() for la in self.layers(value)
+        )
 
     def along(self, value: Value, dim: int) -> Tensor | None:
-        """The mask of kept indices along a dim; None where the ids do not vary along it alone."""
+        """The mask of kept indices along a dim; None where what goes is spread over other
+        dims too."""
+        kept = torch.ones(value.shape[dim], dtype=torch.bool)
         for layer in self.layers(value):
-            if dim in layer.varying:
-                return self.kept[layer.ids].reshape(-1) if layer.varying == (dim,) else None
-        return torch.ones(value.shape[dim], dtype=torch.bool)
+            mask = self.kept[layer.ids]
+            if dim in layer.varying and not mask.all():
+                if layer.varying != (dim,):
+                    return None
+                kept &= mask.reshape(-1)
+        return kept
 
-    def compact(self, node: fx.Node, layer: Layer) -> Tensor:
+    def compact(self, node: fx.Node, value: Value, layer: Layer) -> Tensor:
         """The layer's ids that stay, as the pruned graph should deliver them."""
-        mask = self.kept[layer.ids]
+        mask = self.mask(value, layer)
         if mask.all():
             return layer.ids
-        sizes = self._grid(node, mask)
         shape = [1] * layer.ids.ndim
-        for d, n in zip(layer.varying, sizes, strict=True):
+        for d, n in zip(_varying(mask), self._grid(node, mask), strict=True):
             shape[d] = n
-        return layer.ids[mask].reshape(shape)
+        return layer.ids.expand(mask.shape)[mask].reshape(shape)
 
     def kept_of(self, name: str) -> dict[int, Kept]:
         """The kept indices of each narrower dim of a parameter, as a plan holds them."""
@@ -96,6 +114,10 @@ def _indices(mask: Tensor) -> Kept:
         return mask.nonzero().flatten().tolist()
     rows = [row.nonzero().flatten().tolist() for row in mask]
     return [row for row in rows if row]
+
+
+def _varying(mask: Tensor) -> list[int]:
+    return [d for d, size in enumerate(mask.shape) if size > 1]
 
 
 def _others(rank: int, axis: int) -> tuple[int, ...]:
@@ -128,6 +150,10 @@ def gather(tensor: Tensor, kept: dict[int, Kept]) -> Tensor:
     size = len(first) // len(blocks)
     parts = []
     for b in range(len(blocks)):
-        part = {0: first[b * size : (b + 1) * size], **shared, **{dim: rows[b] for dim, rows in own.items()}}
+        part = {
+            0: first[b * size : (b + 1) * size],
+            **shared,
+            **{dim: rows[b] for dim, rows in own.items()},
+        }
         parts.append(gather(tensor, part))  # type: ignore[arg-type]
     return torch.cat(parts)

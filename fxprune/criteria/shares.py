@@ -14,7 +14,9 @@ def ratio_sum(group: Slices) -> Scores:
     """A channel's share of its layer's total: |gamma_i| / sum |gamma|, or of the filters' L1 norms
     where nothing normalises them (Yuan et al. 2023, Mobile_BLNet; the formula is our reading)."""
     if group.scales:
-        return [_share(own, whole) for own, whole in zip(group.scales, group.all_scales, strict=True)]
+        return [
+            _share(own, whole) for own, whole in zip(group.scales, group.all_scales, strict=True)
+        ]
     pairs = zip(group.filters, group.layers, strict=True)
     return [_share(own.abs().sum(1), whole.abs().sum(1)) for own, whole in pairs]
 

@@ -55,12 +55,18 @@ class Slices:
 
     def _filters(self) -> list[Member]:
         found = [m for m in self._members("out") if self.tensors[m.param].ndim > 1]
-        return found or self._members("out") or self._members("free") or list(self.group.members[:1])
+        return (
+            found or self._members("out") or self._members("free") or list(self.group.members[:1])
+        )
 
     def of(self, member: Member) -> Tensor:
         """The member's slices as (channels, elements)."""
         whole, positions = self.whole(member), member.positions
-        if positions.shape[1] == 1 and len(positions) == len(whole) and (positions[:, 0] == range(len(whole))).all():
+        if (
+            positions.shape[1] == 1
+            and len(positions) == len(whole)
+            and (positions[:, 0] == range(len(whole))).all()
+        ):
             return whole
         return whole[torch.from_numpy(positions.reshape(-1))].reshape(len(positions), -1)
 

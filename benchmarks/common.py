@@ -1,0 +1,177 @@
+"""What the benchmarks share: networks to prune, tables to print, processes of their own."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parents[1]
+TRANSFORMERS = ("maxvit*", "mvit*", "swin*", "vit_*")
+
+
+# -- networks --------------------------------------------------------------------------------------
+
+
+def torchvision_cnns(only: str = "*") -> list[str]:
+    """Names of torchvision's classification, segmentation and video CNNs and of the float forms of
+    its quantizable ones, those that match `only`."""
+    from torchvision import models
+
+    homes = (models, models.segmentation, models.video, models.quantization)
+    names = [name for home in homes for name in models.list_models(module=home)]
+    names = [n for n in names if not any(matches(n, t) for t in TRANSFORMERS)]
+    return [name for name in names if matches(name, only)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name fits a shell-style pattern."""
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def torchvision_model(name: str, **options: Any) -> nn.Module:
+    """A torchvision model with random weights, the same on every call, in eval mode."""
+    from torchvision import models
+
+    torch.manual_seed(0)
+    if "fcn" in name or "deeplab" in name or "lraspp" in name:
+        options.setdefault("weights_backbone", None)
+    if "googlenet" in name or "inception" in name:
+        options.setdefault("init_weights", False)  # truncated normals take half a minute
+    if name.startswith("quantized_"):
+        options.setdefault("quantize", False)
+    return models.get_model(name, weights=None, **options).eval()
+
+
+def randomised(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model with random scales and shifts of its normalisations, and running statistics near
+    those of `x`, so that its outputs depend on its inputs as a trained network's do."""
+    torch.manual_seed(1)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)):
+                _affine(module)
+        for norm in norms:
+            norm.train()
+            norm.momentum = 1.0
+        if norms:
+            model(x)
+        for norm in norms:
+            norm.momentum = 0.1
+            norm.running_mean.add_(torch.randn_like(norm.running_mean) * norm.running_var.sqrt() * 0.1)
+            norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.7, 1.4)).add_(1e-4)
+    return model.eval()
+
+
+def _affine(norm: Any) -> None:
+    if norm.weight is not None:
+        norm.weight.uniform_(0.5, 1.5)
+        norm.bias.normal_(0.0, 0.2)
+
+
+# -- processes -------------------------------------------------------------------------------------
+
+
+def apart(module: str, *arguments: str, limit: float) -> dict[str, Any]:
+    """Run ``python -m module arguments`` in a process of its own; the JSON it prints last.
+
+    A process that fails, or takes longer than `limit` seconds, gives ``{"problem": why}``.
+    """
+    command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    single = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=single, capture_output=True, text=True, timeout=limit, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"problem": f"took more than {limit:.0f} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        said = done.stderr.strip().splitlines() or ["it said nothing"]
+        return {"problem": f"ended with code {done.returncode}: {said[-1]}"}
+    return json.loads(lines[-1])
+
+
+def peak_memory() -> int:
+    """The most memory this process ever held, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory() -> int:
+    """The memory this process holds now, in bytes."""
+    return _status("VmRSS") or peak_memory()
+
+
+def reset_peak() -> None:
+    """Forget the highest memory so far, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_since_reset() -> int:
+    return _status("VmHWM") or peak_memory()
+
+
+def _status(key: str) -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(f"{key}:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+Rows = Sequence[Sequence[str]]
+console = Console(width=None if sys.stdout.isatty() else 180)
+
+
+def show(title: str, columns: Sequence[str], rows: Rows) -> None:
+    """Print a table."""
+    table = Table(title=title)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def markdown(title: str, columns: Sequence[str], rows: Rows) -> str:
+    """The same table as Markdown."""
+    lines = [f"## {title}", "", "| " + " | ".join(columns) + " |"]
+    lines.append("|" + "|".join("---" if i == 0 else "--:" for i in range(len(columns))) + "|")
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def versions(*packages: str) -> str:
+    """One line: the machine and the versions a measurement was made with."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = []
+    for package in ("torch", *packages):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return f"Python {platform.python_version()}, {', '.join(found)}, {platform.machine()}, {os.cpu_count()} cores"
+
+
+def write(path: str | None, heading: str, parts: Iterable[str]) -> None:
+    """Write a Markdown file, where a path is given."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(f"# {heading}\n\n" + "\n".join(parts))
+        console.print(f"written to {path}")

@@ -1,0 +1,76 @@
+"""The wheel holds everything: it works in an environment that has never seen the checkout."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _run(*command: object, cwd: Path) -> str:
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    _run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=ROOT)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def clean_python(wheel, tmp_path_factory) -> Path:
+    """A new environment with the wheel alone; torch and the rest are lent by a path file.
+
+    Path files of the lending folder are not read, so an editable install there is not seen.
+    """
+    folder = tmp_path_factory.mktemp("venv")
+    _run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    python = folder / "bin" / "python"
+    site = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    (Path(site) / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", python, "--disable-pip-version-check"]
+    _run(*pip, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=folder)
+    return python
+
+
+def test_wheel_holds_the_package_its_rules_and_nothing_else(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    rules = {f.relative_to(ROOT / "rules").as_posix() for f in (ROOT / "rules").rglob("*.yaml")}
+    assert rules
+    assert {f"fxprune/_rules/{name}" for name in rules} <= set(names)
+    assert "fxprune/py.typed" in names
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"fxprune"}
+
+
+def test_installed_wheel_prunes_with_its_own_rules(clean_python, tmp_path):
+    script = """
+        import pathlib, sys
+        import torch
+        from torch import nn
+        import fxprune
+
+        torch.set_num_threads(1)
+        inside = pathlib.Path(sys.prefix).resolve()
+        package = pathlib.Path(fxprune.__file__).resolve().parent
+        assert inside in package.parents, package
+        assert fxprune.rules.folder() == package / "_rules", fxprune.rules.folder()
+
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        pruned = fxprune.prune(model, torch.rand(1, 3, 8, 8), rate=0.5)
+        print(pruned.get_submodule("0").out_channels, pruned(torch.rand(5, 3, 8, 8)).shape)
+    """
+    # -I: neither this folder nor PYTHONPATH can lend the checkout's package
+    found = _run(clean_python, "-I", "-c", textwrap.dedent(script), cwd=tmp_path)
+    assert found.strip() == "4 torch.Size([5, 4, 4, 4])"
