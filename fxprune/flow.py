@@ -101,11 +101,12 @@ class _Run:
     def use(self, node: fx.Node) -> Use | None:
         if node.op == "call_module":
             return self.rules.of_module(type(self.modules[node.target]))
+        call = (node.args, node.kwargs)
         if node.op == "call_method":
-            return self.rules.of_method(node.target)
+            return self.rules.of_method(node.target, call)
         if node.target is getattr:
-            return self.rules.of_method(node.args[1])
-        return self.rules.of_function(node.target, (node.args, node.kwargs))
+            return self.rules.of_method(node.args[1], call)
+        return self.rules.of_function(node.target, call)
 
     def _container(self, node: fx.Node) -> Any:
         """An item of a tuple or dict, or a class that only holds its arguments."""
@@ -535,8 +536,11 @@ class _Run:
         moved = Layer(ids, layer.zero, layer.origin)
         if not moved.varying:
             self.ids.freeze(node, ids, f"is picked alone by %{node.name}")
-        elif len(moved.varying) == 1 and ids.numel() < layer.ids.numel():
-            self.ids.pieces.append(ids.reshape(-1))
+        elif ids.numel() < layer.ids.numel():
+            if len(moved.varying) == 1:
+                self.ids.pieces.append(ids.reshape(-1))
+            else:
+                self.ids.split(node, ids)
         if (
             len(moved.varying) > 1
             and layer.origin is None

@@ -1,7 +1,13 @@
-"""Choosing under equal counts that overlap: a small integer program, solved exactly (HiGHS)."""
+"""Choosing under equal counts: how many channels each run of interchangeable ones keeps.
+
+Channels that stand in the same rows of all constraints are interchangeable to them: an *atom*. Only
+the number kept of each atom matters, and the best-scored channels of an atom fill it. Where atoms
+are alike one number serves all; otherwise a small integer program (HiGHS) finds the numbers.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,56 +18,87 @@ from .groups import Constraint
 def solve(
     channels: np.ndarray, value: np.ndarray, constraints: Sequence[Constraint], limit: int
 ) -> np.ndarray:
-    """Whether each of `channels` is kept: at most `limit` go, as many as can, of the least value.
+    """Whether each of `channels` is kept: at most `limit` go, as many as the constraints allow.
 
-    An infinite value must stay. If no choice removes anything, all are kept.
+    Within an atom those of least `value` go, equal values in order; an infinite value must stay.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-
-    keep_all = np.ones(len(channels), bool)
+    kept = np.ones(len(channels), bool)
     if limit <= 0:
-        return keep_all
-    rows, counts = _equations(channels, constraints)
-    size = len(channels) + len(constraints)
-    finite = np.where(np.isinf(value), 0.0, value)
-    # removing one more channel always outweighs any difference in value
-    cost = 1.0 - finite / (finite.max() + 1e-12) / (len(channels) + 1) * 0.5
-    objective = np.concatenate([cost, np.zeros(len(constraints))])
-    lower = np.concatenate([np.isinf(value).astype(float), np.ones(len(constraints))])
-    upper = np.concatenate([np.ones(len(channels)), np.full(len(constraints), np.inf)])
-    total = np.concatenate([np.ones(len(channels)), np.zeros(len(constraints))])
-    found = milp(
-        objective,
-        integrality=np.ones(size),
-        bounds=Bounds(lower, upper),
-        constraints=[
-            LinearConstraint(rows, counts, counts),
-            LinearConstraint(total[None], len(channels) - limit, np.inf),
-        ],
-        options={"time_limit": 20.0, "mip_rel_gap": 0.0},
-    )
-    if found.x is None:
-        return keep_all
-    return found.x[: len(channels)] > 0.5
+        return kept
+    atoms, table, fixed = _atoms(channels, value, constraints)
+    sizes = np.array([len(atom) for atom in atoms])
+    stuck = np.array([np.isinf(value[atom]).any() for atom in atoms])
+    counts = _uniform(sizes, table, fixed, stuck, limit)
+    if counts is None:
+        counts = _program(sizes, table, fixed, stuck, limit)
+    for atom, count in zip(atoms, counts, strict=True):
+        order = np.argsort(value[atom], kind="stable")
+        kept[np.array(atom)[order[: len(atom) - int(count)]]] = False
+    return kept
 
 
-def _equations(channels: np.ndarray, constraints: Sequence[Constraint]):
-    """For each row of each constraint: kept channels in it minus the constraint's count is minus
-    the row's fixed elements."""
-    from scipy.sparse import lil_matrix
-
+def _atoms(channels: np.ndarray, value: np.ndarray, constraints: Sequence[Constraint]):
+    """Atoms as places in `channels`; for each constraint (rows x atoms) how often an atom's channel
+    stands in a row, and how many elements of a row are not up for choice."""
     place = {c: k for k, c in enumerate(channels.tolist())}
-    total = sum(len(c.rows) for c in constraints)
-    matrix = lil_matrix((total, len(channels) + len(constraints)))
-    right = np.zeros(total)
-    r = 0
-    for k, constraint in enumerate(constraints):
-        for row in constraint.rows.tolist():
+    pattern: list[list[tuple[int, int]]] = [[] for _ in place]
+    fixed = [np.zeros(len(c.rows), np.int64) for c in constraints]
+    for i, constraint in enumerate(constraints):
+        for r, row in enumerate(constraint.rows.tolist()):
             for c in row:
                 if c in place:
-                    matrix[r, place[c]] += 1
+                    pattern[place[c]].append((i, r))
                 else:
-                    right[r] -= 1
-            matrix[r, len(channels) + k] = -1
-            r += 1
-    return matrix.tocsr(), right
+                    fixed[i][r] += 1
+    found: dict[tuple, list[int]] = defaultdict(list)
+    for k, key in enumerate(pattern):
+        found[*key, np.isinf(value[k])].append(k)
+    table = [np.zeros((len(c.rows), len(found)), np.int64) for c in constraints]
+    for a, key in enumerate(found):
+        for i, r in key[:-1]:
+            table[i][r, a] += 1
+    return list(found.values()), table, fixed
+
+
+def _uniform(sizes, table, fixed, stuck, limit: int) -> np.ndarray | None:
+    """One number for all atoms, where all are alike."""
+    even = all((t.sum(1) == t.sum(1)[0]).all() for t in table) and not any(f.any() for f in fixed)
+    if not even or stuck.any() or (sizes != sizes[0]).any():
+        return None
+    gone = min(limit // len(sizes), int(sizes[0]) - 1)
+    return sizes - gone
+
+
+def _program(sizes, table, fixed, stuck, limit: int) -> np.ndarray:
+    """The fewest channels kept, and among those the evenest spread over atoms."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    n, m = len(sizes), len(table)
+    rows = np.concatenate([np.hstack([t, -_unit(len(t), i, m)]) for i, t in enumerate(table)])
+    equal = np.hstack([rows, np.zeros((len(rows), n))])
+    right = -np.concatenate(fixed)
+    wanted = sizes * (1 - limit / sizes.sum())
+    eye, none = np.eye(n), np.zeros((n, m))
+    total = np.concatenate([np.ones(n), np.zeros(m + n)])[None]
+    found = milp(
+        np.concatenate([np.full(n, 2.0 * n + 1), np.zeros(m), 1 / sizes]),
+        integrality=np.concatenate([np.ones(n), np.zeros(m + n)]),
+        bounds=Bounds(
+            np.concatenate([np.where(stuck, sizes, 0), np.ones(m), np.zeros(n)]),
+            np.concatenate([sizes, np.full(m + n, np.inf)]),
+        ),
+        constraints=[
+            LinearConstraint(equal, right, right),
+            LinearConstraint(total, sizes.sum() - limit, np.inf),
+            LinearConstraint(np.hstack([eye, none, -eye]), -np.inf, wanted),
+            LinearConstraint(np.hstack([-eye, none, -eye]), -np.inf, -wanted),
+        ],
+        options={"time_limit": 10.0, "mip_rel_gap": 0.0},
+    )
+    return sizes if found.x is None else np.rint(found.x[:n]).astype(np.int64)
+
+
+def _unit(rows: int, column: int, width: int) -> np.ndarray:
+    made = np.zeros((rows, width))
+    made[:, column] = 1
+    return made

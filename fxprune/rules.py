@@ -55,8 +55,8 @@ class Rule(BaseModel):
     ``scales``   the operand that holds one scale a channel
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
     ``defaults`` what arguments are that a call of the function leaves out
-    ``when``     what arguments must be for the rule to fit: a value, ``none``, ``tensor``, ``bool``,
-                 ``number``, a comparison (``"> 0"``), or a list of which one must hold
+    ``when``     what arguments must be for the rule to fit: a value, ``none``, ``tensor``,
+                 ``bool``, ``number``, a comparison (``"> 0"``), or a list of which one holds
     ``macs``     letters whose product is the op's multiply-accumulates
     ``fix``      how literals in a call of a movement are corrected
     """
@@ -213,7 +213,7 @@ _COMPARED = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operat
 
 
 def _holds(wanted: Any, value: Any) -> bool:
-    """Whether one condition of a ``when`` holds for an argument (a node stands for what it gave)."""
+    """Whether a condition of ``when`` holds for an argument (a node stands for what it gave)."""
     value = value.meta.get("val") if isinstance(value, fx.Node) else value
     if isinstance(wanted, list):
         return any(_holds(each, value) for each in wanted)

@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from .groups import Constraint, Group, Groups
+from .program import solve
 
 Scope = Literal["local", "global"]
 SelectRule = Literal["rate", "cumulative", "threshold"]
@@ -168,67 +169,28 @@ def _choose(
     kept[groups.groups[i].channels[order[:count]]] = False
 
 
-def _allowed(size: int, count: int, options: Options, *, step: int = 1) -> int:
+def _allowed(size: int, count: int, options: Options) -> int:
     """How many of `size` channels may go when `count` should: floors, caps and rounding."""
-    count = min(
-        count, size - min(max(options.min_channels, 1), size), _count(size * options.max_rate)
-    )
+    count = min(count, size - min(options.min_channels, size), _count(size * options.max_rate))
     if options.round_to > 1:
-        left = size - count
-        whole = math.lcm(options.round_to, step)
-        left = min(size, math.ceil(left / whole) * whole)
-        count = size - left
-    return max(count - count % step, 0)
+        left = math.ceil((size - count) / options.round_to) * options.round_to
+        count = size - min(size, left)
+    return max(count, 0)
 
 
 def _choose_bound(
     groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons
 ) -> None:
-    """Rows that partition the family are cut to one count each; anything else is a small integer program."""
+    """Channels under equal counts, all groups of the family together."""
     channels = np.concatenate([groups.groups[i].channels for i in family.groups])
     value = np.concatenate([_normal(scores[i]) for i in family.groups])
-    ignored = np.concatenate([np.full(len(scores[i]), i in options.ignored) for i in family.groups])
-    gone = sum(wanted[i] for i in family.groups)
-    rows = _finest(family.constraints, channels)
-    if rows is not None and not ignored.any():
-        share = min(gone / len(channels), max(options.max_rate, 0.0))
-        size = rows.shape[1]
-        count = _allowed(
-            rows.size, _count(size * share) * len(rows), options, step=len(rows)
-        ) // len(rows)
-        place = {c: k for k, c in enumerate(channels.tolist())}
-        for row in rows:
-            order = np.argsort([value[place[c]] for c in row.tolist()], kind="stable")
-            kept[row[order[: min(count, size - 1)]]] = False
-    else:
-        from .program import solve
-
-        limit = _allowed(len(channels), gone, options)
-        kept[channels] = solve(
-            channels, np.where(ignored, np.inf, value), family.constraints, limit
-        )
+    stays = [np.full(len(scores[i]), i in options.ignored) for i in family.groups]
+    limit = _allowed(len(channels), sum(wanted[i] for i in family.groups), options)
+    value = np.where(np.concatenate(stays), np.inf, value)
+    kept[channels] = solve(channels, value, family.constraints, limit)
     for i in family.groups:
         c = family.constraints[0]
-        reasons[i] = (
-            f"keeps equal counts in {len(c.rows)} blocks of {c.rows.shape[1]} (%{c.node.name})"
-        )
-
-
-def _finest(constraints: Sequence[Constraint], channels: np.ndarray) -> np.ndarray | None:
-    """Rows that hold each channel of the family once and refine all constraints, if some do."""
-    finest = max(constraints, key=lambda c: len(c.rows)).rows
-    flat = np.sort(finest.reshape(-1))
-    if not np.array_equal(flat, np.sort(channels)):
-        return None
-    row_of = {c: r for r, row in enumerate(finest.tolist()) for c in row}
-    for constraint in constraints:
-        for row in constraint.rows.tolist():
-            if 0 in row:
-                return None
-            counts = np.bincount([row_of[c] for c in row], minlength=len(finest))
-            if not np.isin(counts, (0, finest.shape[1])).all():
-                return None
-    return finest
+        reasons[i] = f"keeps equal counts in {len(c.rows)} blocks of {c.rows.shape[1]} (%{c.node.name})"
 
 
 def _normal(scores: np.ndarray) -> np.ndarray:
