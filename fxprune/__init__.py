@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from .api import analyze, apply, plan, prune, verify
     from .criteria import criterion
     from .errors import FxpruneError
-    from .plan import Plan
-    from .verify import Verification
+    from .plans import Plan
+    from .verifier import Verification
 
 _HOMES = {
     "prune": "api", "analyze": "api", "plan": "api", "apply": "api", "verify": "api", "criterion": "criteria",
-    "Plan": "plan", "Analysis": "analysis", "Verification": "verify", "FxpruneError": "errors",
+    "Plan": "plans", "Analysis": "analysis", "Verification": "verifier", "FxpruneError": "errors",
 }  # fmt: skip
 __all__ = ["Analysis", "FxpruneError", "Plan", "Verification", "analyze", "apply", "criteria", "criterion", "errors",
            "plan", "prune", "rules", "verify"]  # fmt: skip

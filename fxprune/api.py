@@ -18,13 +18,13 @@ from .errors import NothingToPrune, OptionError, PlanError, nearest
 from .flow import Mixing
 from .ids import Freeze
 from .inputs import Inputs, of_spec
-from .plan import GroupPlan, Kept, Plan, fingerprint, shapes_of
+from .plans import GroupPlan, Kept, Plan, fingerprint, shapes_of
 from .pruned import Info, PrunedModule
 from .report import Report, Row
 from .rewrite import rewrite
 from .score import Reduce, score
 from .select import Options, Scope, Selection, SelectRule, layer_names, select
-from .verify import Verification, verify_numbers, verify_shapes
+from .verifier import Verification, verify_numbers, verify_shapes
 from .watch import Watch, silent, together
 from .widths import RewriteError, Widths
 
@@ -338,29 +338,42 @@ def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis
 def _kept_by_plan(analysis: Analysis, plan: Plan) -> Tensor:
     """The mask of kept ids that a plan's kept indices mean; `PlanError` if they break a coupling."""
     channel = analysis.all_groups.channel
-    kept = np.ones(int(channel.max()) + 1, bool)
     masks = []
     for param, dims in plan.kept.items():
         for dim, rows in dims.items():
-            slot = next((s for s in analysis.flow.ids.slots.get(param, ()) if s.dim == dim), None)
-            if slot is None:
+            slots = [s for s in analysis.flow.ids.slots.get(param, ()) if s.dim == dim]
+            if not slots:
                 raise PlanError(
                     f"the plan narrows {param} dim {dim}, which has no channels that can go"
                 )
-            mask = _slot_mask(param, dim, slot.ids.shape, rows)
-            kept[channel[slot.ids.numpy()[~mask]]] = False
-            masks.append((param, dim, slot, mask))
-    if not kept[0]:
-        raise PlanError(
-            "the plan removes channels that cannot go",
-            hint="fxprune.analyze(model).frozen says which",
-        )
-    for param, dim, slot, mask in masks:
-        if (kept[channel[slot.ids.numpy()]] != mask).any():
+            mask = _slot_mask(param, dim, slots[0].ids.shape, rows)
+            masks.append((param, dim, [channel[s.ids.numpy()] for s in slots], mask))
+    kept = _kept_channels(int(channel.max()) + 1, masks)
+    for param, dim, slots, mask in masks:
+        if any((s[~mask] == 0).all() and not mask.all() for s in slots) and len(slots) == 1:
             raise PlanError(
-                f"the plan breaks the coupling of {param} dim {dim}: coupled slices are kept unequally"
+                f"the plan removes channels of {param} dim {dim} that cannot go",
+                hint="fxprune.analyze(model).frozen says why",
+            )
+        if (np.logical_and.reduce([kept[s] for s in slots]) != mask).any():
+            raise PlanError(
+                f"the plan breaks the coupling of {param} dim {dim}",
+                hint="coupled slices go together; fxprune.analyze(model).explain(layer) lists them",
             )
     return _kept_ids(analysis, kept)
+
+
+def _kept_channels(count: int, masks: list) -> np.ndarray:
+    """A channel stays if any of its slices does."""
+    kept = np.ones(count, bool)
+    for _, _, slots, _ in masks:
+        for channels in slots:
+            kept[channels] = False
+    for _, _, slots, mask in masks:
+        for channels in slots:
+            kept[channels[mask]] = True
+    kept[0] = True
+    return kept
 
 
 def _slot_mask(param: str, dim: int, shape, rows: Kept) -> np.ndarray:

@@ -341,41 +341,53 @@ class _Run:
     ) -> tuple[list[Layer], bool]:
         """Broadcast values against each other: what meets is tied, or frozen by what has no channels."""
         laid = [[_lift(layer, len(shape)) for layer in v.layers] for v in values]
-        merged = self._tied(node, laid)
-        for value, layers in zip(values, laid, strict=True):
-            real = {
-                d + len(shape) - len(value.shape) for d, size in enumerate(value.shape) if size > 1
-            }
-            covered = [set(layer.varying) for layer in layers]
-            for layer in merged:
-                dims = set(layer.varying)
-                if dims & real and not any(dims & c for c in covered):
-                    self.ids.freeze(
-                        node, layer.ids, f"meets a constant or an input at %{node.name}"
-                    )
+        real = [_real(v, len(shape)) for v in values]
+        merged = self._tied(node, laid, real)
         zero = self._zero(node, use, values, laid)
         out = [Layer(m.ids, any(set(m.varying) & z for z in zero), m.origin) for m in merged]
         return out, bool(values) and all(v.weight for v in values)
 
-    def _tied(self, node: fx.Node, operands: Sequence[Sequence[Layer]]) -> list[Layer]:
-        """Tie layers of different operands that vary along the same dims; the widest are left."""
+    def _tied(
+        self, node: fx.Node, operands: Sequence[Sequence[Layer]], real: Sequence[set[int]]
+    ) -> list[Layer]:
+        """Tie layers of different operands that vary along the same dims; the widest are left.
+
+        `real` are the dims of each operand that are not broadcast: ids that meet one there which
+        has no layer for them are frozen.
+        """
         merged: list[Layer] = []
-        for layers in operands:
-            free = list(range(len(merged)))
+        owners: list[set[int]] = []
+        for i, layers in enumerate(operands):
             for layer in layers:
                 dims = set(layer.varying)
+                free = (k for k in range(len(merged)) if i not in owners[k])
                 k = next((k for k in free if dims & set(merged[k].varying)), None)
                 if k is None:
                     merged.append(layer)
-                    continue
-                free.remove(k)
-                narrow, wide = sorted((merged[k], layer), key=lambda la: len(la.varying))
-                if _by_rows(set(narrow.varying), wide):
-                    self._row_tie(node, wide, set(narrow.varying), narrow)
+                    owners.append({i})
                 else:
-                    self.ids.tie(node, narrow.ids, wide.ids)
-                merged[k] = wide if len(wide.varying) > len(narrow.varying) else merged[k]
+                    owners[k].add(i)
+                    merged[k] = self._tied_pair(node, merged[k], layer)
+        for layer, mine in zip(merged, owners, strict=True):
+            for i, dims in enumerate(real):
+                if i not in mine and dims & set(layer.varying):
+                    self._meets_plain(node, layer, dims & set(layer.varying))
         return merged
+
+    def _tied_pair(self, node: fx.Node, a: Layer, b: Layer) -> Layer:
+        narrow, wide = sorted((a, b), key=lambda layer: len(layer.varying))
+        if _by_rows(set(narrow.varying), wide):
+            self._row_tie(node, wide, set(narrow.varying), narrow)
+        else:
+            self.ids.tie(node, narrow.ids, wide.ids)
+        return wide if len(wide.varying) > len(narrow.varying) else a
+
+    def _meets_plain(self, node: fx.Node, layer: Layer, dims: set[int]) -> None:
+        if _by_rows(dims, layer):
+            self._row_tie(node, layer, dims, None)
+        else:
+            reason = f"meets a constant or an input at %{node.name}"
+            self.ids.freeze(node, layer.ids, reason)
 
     def _row_tie(self, node: fx.Node, wide: Layer, dims: set[int], narrow: Layer | None) -> None:
         """What meets whole rows of channels: see `RowTie`."""
@@ -594,13 +606,8 @@ class _Run:
     def _across(self, node: fx.Node, values: list[Value], dim: int) -> list[Layer]:
         """Layers that do not vary along the joined dim: the pieces share those channels."""
         flat = [[layer for layer in v.layers if dim not in layer.varying] for v in values]
-        merged = self._tied(node, flat)
-        for layer in merged:
-            dims = set(layer.varying)
-            if any(not any(dims & set(la.varying) for la in layers) for layers in flat):
-                self.ids.freeze(
-                    node, layer.ids, f"is joined at %{node.name} with what has no channels"
-                )
+        real = [_real(v, len(v.shape)) - {dim} for v in values]
+        merged = self._tied(node, flat, real)
         return [
             Layer(la.ids, all(any(o.zero for o in ls) for ls in flat), la.origin) for la in merged
         ]
@@ -657,7 +664,10 @@ def node_tensor(value: Value) -> Tensor:
     return torch.empty(value.shape, device="meta")
 
 
-_CONSTANT = "meets a constant or an input at %{}"
+def _real(value: Value, rank: int) -> set[int]:
+    """The dims of a broadcast to `rank` dims along which a value has more than one element."""
+    shift = rank - len(value.shape)
+    return {d + shift for d, size in enumerate(value.shape) if size > 1}
 
 
 def _by_rows(dims: set[int], wide: Layer) -> bool:

@@ -221,8 +221,8 @@ def _constraints(flow: Flow, channel: np.ndarray):
     for node, arrays in flow.ids.splits.items():
         for ids in arrays:
             rows = _rows(channel[ids.numpy()])
-            if rows is not None and rows.tobytes() not in seen:
-                seen.add(rows.tobytes())
+            if rows is not None and (key := (rows.shape, rows.tobytes())) not in seen:
+                seen.add(key)
                 yield Constraint(node, rows)
 
 

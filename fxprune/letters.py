@@ -95,8 +95,7 @@ def flow(
     layers = {i: _named_layers(call, i) for i in range(len(call.values)) if not call.is_raw(i)}
     layers = {i: _without_windows(call, i, found) for i, found in layers.items()}
     layers = _blocks_as_wholes(call, layers)
-    _freeze_unmatched(call, layers)
-    merged = _tied(call, layers.values())
+    merged = _tied(call, layers)
     merged = _bind_params(call, merged)
     made = _make_channels(call)
     mixed: list[Named] = []
@@ -209,43 +208,39 @@ def _tie(call: _Call, a: Named, b: Named) -> None:
     call.ids.tie(call.node, a.over(letters), b.over(letters))
 
 
-def _freeze_unmatched(call: _Call, layers: dict[int, list[Named]]) -> None:
-    """Freeze ids that meet an operand which is as wide there, but has no channels."""
-    for i, found in layers.items():
-        for named in found:
-            contracted = set(named.letters) - call.out
-            for j, others in layers.items():
-                if j == i or call.values[j] is None or any(_matches(named, o) for o in others):
-                    continue
-                real = call.real(j)
-                if set(named.letters) <= real or (contracted and contracted <= real):
-                    call.ids.freeze(call.node, named.ids, _meets(call, j))
-
-
-def _meets(call: _Call, j: int) -> str:
-    name = call.rule.operands[j] if j < len(call.rule.operands) else "an operand"
-    return f"meets `{name}`, which has no channels that can go"
-
-
-def _tied(call: _Call, operands: Iterable[list[Named]]) -> list[Named]:
+def _tied(call: _Call, operands: dict[int, list[Named]]) -> list[Named]:
     """Tie what meets; one layer is left for those tied, over the most letters.
 
-    Layers of one operand are never tied to each other, though they may share letters.
+    Layers of one operand are never tied to each other, though they may share letters. Ids that meet
+    an operand which is as wide there, but has no channels left for them, are frozen.
     """
     merged: list[Named] = []
-    for layers in operands:
-        free = list(range(len(merged)))
+    owners: list[set[int]] = []
+    for i, layers in operands.items():
         for named in layers:
+            free = (k for k in range(len(merged)) if i not in owners[k])
             k = next((k for k in free if _matches(named, merged[k])), None)
             if k is None:
                 merged.append(named)
+                owners.append({i})
                 continue
-            free.remove(k)
+            owners[k].add(i)
             _tie(call, merged[k], named)
             wide = max(merged[k], named, key=lambda n: len(n.letters))
             zero = merged[k].zero or named.zero
             merged[k] = Named(wide.letters, wide.ids, zero, wide.origin)
+    for named, mine in zip(merged, owners, strict=True):
+        for j in operands:
+            if j not in mine and call.values[j] is not None and _meets(call, named, j):
+                name = call.rule.operands[j] if j < len(call.rule.operands) else "an operand"
+                reason = f"meets `{name}`, which has no channels for it"
+                call.ids.freeze(call.node, named.ids, reason)
     return merged
+
+
+def _meets(call: _Call, named: Named, j: int) -> bool:
+    contracted, real = set(named.letters) - call.out, call.real(j)
+    return set(named.letters) <= real or bool(contracted and contracted <= real)
 
 
 def _bind_params(call: _Call, layers: list[Named]) -> list[Named]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .plan import Plan
+from .plans import Plan
 
 
 @dataclass

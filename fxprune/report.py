@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from .verify import Verification
+from .verifier import Verification
 
 
 @dataclass(frozen=True)

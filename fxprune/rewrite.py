@@ -16,7 +16,7 @@ from .flow import Flow
 from .ids import Layer, Value
 from .letters import DimsUse, new_size
 from .literals import Call, Context
-from .plan import Kept
+from .plans import Kept
 from .pruned import PrunedModule
 from .rules import Use
 from .shuffle import find_gather

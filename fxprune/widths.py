@@ -10,7 +10,7 @@ from torch import Tensor, fx
 from .errors import FxpruneError
 from .flow import Flow
 from .ids import Layer, Slot, Value
-from .plan import Kept
+from .plans import Kept
 
 
 class RewriteError(FxpruneError):
@@ -101,12 +101,11 @@ class Widths:
 
     def kept_of(self, name: str) -> dict[int, Kept]:
         """The kept indices of each narrower dim of a parameter, as a plan holds them."""
-        found: dict[int, Kept] = {}
+        masks: dict[int, Tensor] = {}
         for slot in self.flow.ids.slots.get(name, ()):
             mask = self.kept[slot.ids]
-            if not mask.all():
-                found[slot.dim] = _indices(mask)
-        return found
+            masks[slot.dim] = masks[slot.dim] & mask if slot.dim in masks else mask
+        return {dim: _indices(mask) for dim, mask in masks.items() if not mask.all()}
 
 
 def _indices(mask: Tensor) -> Kept:

@@ -1271,6 +1271,8 @@ class ChannelMean(Block):
 class ChannelSum(Block):
     """Sums over channels are exact as long as masked channels are zero."""
 
+    mixes = "all"
+
     def make(self, dice, c, side):
         self.out = any_width(dice)
         self.conv, self.zero = conv_bn(c, self.out), dice.random() < 0.5
@@ -1283,6 +1285,8 @@ class ChannelSum(Block):
 
 class Normalize(Block):
     """SSD's L2Norm: a unit vector a pixel, one scale a channel."""
+
+    mixes = "all"  # what comes in need not be zero where it is masked
 
     def make(self, dice, c, side):
         self.scale = nn.Parameter(torch.randn(c))

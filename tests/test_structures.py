@@ -80,8 +80,10 @@ def one_conv_in_a_loop(m, x):
 
 @structure(image(), half="a 4, b 4, c 3, d 3", a=conv(3, 8), b=conv(3, 8), c=conv(8, 6), d=conv(8, 6), o=conv(6, 2))
 def one_weight_two_convs(m, x):
-    m.b.weight = m.a.weight
     return m.o(m.c(m.a(x)) + m.d(m.b(x)))
+
+
+CASES["one_weight_two_convs"].parts["b"].weight = CASES["one_weight_two_convs"].parts["a"].weight
 
 
 # -- split, chunk, gates ---------------------------------------------------------------------------
@@ -218,10 +220,16 @@ def shuffle_reshape(m, x):
     return m.o(m.b(x))
 
 
-@structure(image(), half="a 6, b 6, d 6, c 4", a=conv(3, 12), b=conv(12, 12, groups=3), d=conv(12, 12, groups=12), c=conv(12, 8, groups=4), o=conv(8, 2))
+@structure(image(), half="a 6, b 6, d 6, c 4", a=conv(3, 12), b=conv(12, 12, groups=3), d=conv(12, 12, groups=12), c=conv(12, 8, groups=2), o=conv(8, 2))
 def shuffle_between_grouped(m, x):
     x = m.d(shuffled(m.b(m.a(x)), 3))
     return m.o(m.c(x))
+
+
+@structure(image(), half="a 6, b 12, c 4", frozen="keeps equal counts", a=conv(3, 12), b=conv(12, 12, groups=3), c=conv(12, 8, groups=4), o=conv(8, 2))
+def no_even_choice(m, x):
+    """equal counts in 3 blocks of 4 and in 4 blocks of 3: all twelve or none"""
+    return m.o(m.c(shuffled(m.b(m.a(x)), 3)))
 
 
 @structure(image(), half="a 8, b 4, d 4, c 4", a=conv(3, 16), b=conv(8, 8, 1), d=conv(8, 8, groups=8), c=conv(8, 8, 1), o=conv(16, 2))

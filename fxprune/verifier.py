@@ -21,7 +21,7 @@ from .errors import VerificationError
 from .flow import Flow
 from .ids import Value
 from .inputs import Inputs, random_like
-from .plan import Kept
+from .plans import Kept
 from .rules import current
 from .trace import OnMeta, unchanged_shape
 from .widths import Widths

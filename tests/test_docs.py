@@ -1,0 +1,130 @@
+"""The code in README.md and docs/ runs, and prints what the pages say it prints.
+
+The ``python`` blocks of a page run in order, in one namespace and in a folder of their own. A
+``text`` block right after one holds what it prints; ``...`` stands for anything, as in doctest. A
+block that starts with the comment ``# name.py`` is run from a file of that name, so that messages
+which name a source line can be shown, and a block ``# name.yaml`` is only written to a file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import inspect
+import io
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import fxprune
+from fxprune import rules
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_FILE = re.compile(r"# ([\w-]+\.(?:py|yaml))\n")
+_LINK = re.compile(r"\]\(([^)#\s]+)(#[^)\s]*)?\)")
+
+
+@dataclass
+class Block:
+    language: str
+    text: str
+    line: int
+    follows: bool
+    """Whether nothing but one blank line or a sentence ending in a colon stands before it."""
+
+    @property
+    def file(self) -> str:
+        found = _FILE.match(self.text)
+        return found.group(1) if found else ""
+
+
+def blocks(text: str) -> list[Block]:
+    found, end = [], 0
+    for match in _FENCE.finditer(text):
+        between = text[end : match.start()].strip()
+        line = text.count("\n", 0, match.start()) + 1
+        found.append(Block(match.group(1), match.group(2), line, not between))
+        end = match.end()
+    return found
+
+
+def run(block: Block, page: Path, folder: Path, names: dict) -> str:
+    """What a block prints; written to a file first, so that its lines can be looked up."""
+    file = folder / (block.file or f"{page.stem}_{block.line}.py")
+    file.write_text(block.text)
+    code = compile(block.text, str(file), "exec")
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, names)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rules, "_current", rules._current)  # a page's own rules go again
+    torch.manual_seed(0)
+    names: dict = {"__name__": page.stem.replace("-", "_")}
+    printed = ""
+    for block in blocks(page.read_text()):
+        if block.language == "python":
+            printed = run(block, page, tmp_path, names)
+        elif block.language == "yaml" and block.file:
+            (tmp_path / block.file).write_text(block.text)
+        elif block.language == "text" and block.follows:
+            _compare(block, printed, page)
+
+
+def _compare(block: Block, printed: str, page: Path) -> None:
+    """Trailing blanks do not count: rich and editors disagree about them."""
+    want, got = ("\n".join(map(str.rstrip, t.splitlines())) + "\n" for t in (block.text, printed))
+    if not doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS):
+        raise AssertionError(f"{page.name}:{block.line} shows\n{want}\nbut the code prints\n{got}")
+
+
+def test_a_wrong_output_on_a_page_is_seen(tmp_path):
+    """The checker itself: other text fails, ``...`` stands for anything."""
+    page = blocks("```python\nprint('a 1.5 b')\n```\n\n```text\na ... b\n```\n")
+    assert [b.language for b in page] == ["python", "text"] and page[1].follows
+    printed = run(page[0], Path("page.md"), tmp_path, {})
+    _compare(page[1], printed, Path("page.md"))
+    with pytest.raises(AssertionError, match=r"page.md:5 shows\nc"):
+        _compare(Block("text", "c\n", 5, True), printed, Path("page.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page):
+    for target, _ in _LINK.findall(page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def _guide() -> str:
+    return (ROOT / "docs" / "prune-a-network.md").read_text()
+
+
+@pytest.mark.parametrize("option", list(inspect.signature(fxprune.prune).parameters))
+def test_every_option_of_prune_is_described(option):
+    assert f"`{option}" in _guide()
+
+
+@pytest.mark.parametrize("name", fxprune.criteria.names())
+def test_every_criterion_is_described(name):
+    if name in _shipped():
+        assert f"`{name}`" in _guide()
+
+
+def _shipped() -> set[str]:
+    """Criteria of the package: a test or an example may have registered more."""
+    found = fxprune.criteria._known.items()
+    return {name for name, function in found if function.__module__.startswith("fxprune.")}
+
+
+def test_every_page_in_docs_is_linked_from_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.name}" in readme
