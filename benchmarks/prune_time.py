@@ -37,6 +37,8 @@ GROWTH = {"residual blocks": (125, 250, 500, 1000), "dense layers": (25, 50, 100
 PATIENCE = 60.0  # seconds the peer gets for one size of a growing network
 
 Measure = tuple[float, float, int]  # seconds of analysis, seconds in all, parameters left
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+clock: Callable[[], float] = time.perf_counter
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -120,11 +122,11 @@ class Dense(nn.Module):
 
 def ours(model: nn.Module, x: Tensor) -> Measure:
     """fxprune: the analysis alone, then a whole `prune`, which makes one of its own."""
-    start = time.perf_counter()
+    start = clock()
     fxprune.analyze(model, (x,))
-    analysed = time.perf_counter()
+    analysed = clock()
     pruned = fxprune.prune(model, (x,), criterion="l2", rate=0.5, verify="shapes")
-    end = time.perf_counter()
+    end = clock()
     return analysed - start, end - analysed, sum(p.numel() for p in pruned.parameters())
 
 
@@ -134,11 +136,11 @@ def theirs(model: nn.Module, x: Tensor) -> Measure:
 
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     importance = tp.importance.GroupMagnitudeImportance(p=2)
-    start = time.perf_counter()
+    start = clock()
     pruner = tp.pruner.BasePruner(model, x, importance=importance, pruning_ratio=0.5, ignored_layers=[last])
-    analysed = time.perf_counter()
+    analysed = clock()
     pruner.step()
-    end = time.perf_counter()
+    end = clock()
     return analysed - start, end - start, sum(p.numel() for p in model.parameters())
 
 
@@ -197,14 +199,14 @@ COLUMNS = ("network", "fxprune analysis s", "total s", "memory MB", "left", "Tor
            "memory MB", "left", "analysis ratio", "total ratio")  # fmt: skip
 
 
-def compared(names: list[str], repeats: int, limit: float) -> dict[str, dict[str, Any]]:
+def compared(names: list[str], repeats: int, limit: float, which: str) -> dict[str, dict[str, Any]]:
     """Both tools on each network."""
     results = {}
     with Progress(console=common.console) as progress:
         task = progress.add_task("networks", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            found = common.apart(MODULE, "--one", name, "--repeats", str(repeats), limit=limit)
+            found = common.apart(MODULE, "--one", name, "--repeats", str(repeats), "--clock", which, limit=limit)
             for tool in TOOLS:
                 if tool in found:
                     found[tool] |= common.apart(MODULE, "--one", name, "--memory", tool, limit=limit)
@@ -236,7 +238,7 @@ def geometric(values: list[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 
-def grown(repeats: int, limit: float) -> dict[str, dict[str, Any]]:
+def grown(repeats: int, limit: float, which: str) -> dict[str, dict[str, Any]]:
     """fxprune on networks that grow, and the peer as far as its patience goes."""
     names = [f"{kind}/{count}" for kind, counts in GROWTH.items() for count in counts]
     results = {}
@@ -244,11 +246,10 @@ def grown(repeats: int, limit: float) -> dict[str, dict[str, Any]]:
         task = progress.add_task("growth", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            found = common.apart(MODULE, "--one", name, "--repeats", str(repeats), "--tool", "fxprune", limit=limit)
+            run = ("--one", name, "--clock", which, "--repeats")
+            found = common.apart(MODULE, *run, str(repeats), "--tool", "fxprune", limit=limit)
             found |= common.apart(MODULE, "--one", name, "--size", limit=limit)
-            peer = common.apart(
-                MODULE, "--one", name, "--repeats", "1", "--tool", "Torch-Pruning", limit=PATIENCE + 15
-            )
+            peer = common.apart(MODULE, *run, "1", "--tool", "Torch-Pruning", limit=PATIENCE + 15)
             results[name] = {**found, "Torch-Pruning": peer.get("Torch-Pruning", {})}
             progress.advance(task)
     return results
@@ -293,6 +294,8 @@ EXPONENT_COLUMNS = ("growth of fxprune's time", "analysis", "total")
 
 
 def one(options: argparse.Namespace) -> dict[str, Any]:
+    global clock
+    clock = CLOCKS[options.clock]
     torch.set_num_threads(1)
     if options.memory:
         return weighed(options.one, options.memory)
@@ -306,6 +309,7 @@ def main() -> int:
     parser.add_argument("--only", default="*", help="a shell-style pattern of networks")
     parser.add_argument("--out", help="a Markdown file to write")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each; the median counts")
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a machine with other work to do")
     parser.add_argument("--limit", type=float, default=900, help="seconds all runs of one network may take")
     parser.add_argument("--no-growth", action="store_true", help="leave the growing networks out")
     for hidden in ("--one", "--tool", "--memory"):
@@ -316,18 +320,18 @@ def main() -> int:
         print(json.dumps(one(options)))
         return 0
     names = [name for name in MODELS if common.matches(name, options.only)]
-    results = compared(names, options.repeats, options.limit)
-    growth = {} if options.no_growth else grown(min(options.repeats, 3), options.limit)
-    return publish(results, growth, options.out)
+    results = compared(names, options.repeats, options.limit, options.clock)
+    growth = {} if options.no_growth else grown(min(options.repeats, 3), options.limit, options.clock)
+    return publish(results, growth, options)
 
 
-def publish(results: dict[str, dict[str, Any]], growth: dict[str, dict[str, Any]], out: str | None) -> int:
+def publish(results: dict[str, dict[str, Any]], growth: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
     sound = {name: r for name, r in results.items() if "problem" not in r}
     rows = [row(name, found) for name, found in results.items()]
     means = {what: geometric([ratio(r, what) for r in sound.values()]) for what in ("analysis", "total")}
     rows.append(["geometric mean", *[""] * 8, f"{means['analysis']:.1f}", f"{means['total']:.1f}"])
     parts = [f"{common.versions('torchvision', 'torch-pruning')}, one thread. Half of the channels removed by L2 norms. "
-             "Seconds are medians; ratios say how many times as long Torch-Pruning takes. Memory is the peak above "
+             f"Seconds ({options.clock} clock) are medians; ratios say how many times as long Torch-Pruning takes. Memory is the peak above "
              "the loaded model; `left` the share of parameters.\n"]  # fmt: skip
     tables = [("Pruning by half", COLUMNS, rows)]
     if growth:
@@ -336,7 +340,7 @@ def publish(results: dict[str, dict[str, Any]], growth: dict[str, dict[str, Any]
     for table in tables:
         common.show(*table)
         parts.append(common.markdown(*table))
-    common.write(out, "Time and memory of pruning", parts)
+    common.write(options.out, "Time and memory of pruning", parts)
     slower = [name for name, r in sound.items() if ratio(r, "total") < 1]
     return int(bool(slower) or means["total"] < 2 or len(sound) < len(results))
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ModelError, OptionError
+from .errors import ModelError, OptionError, nearest
 
 _WRAPPERS = {
     "DataParallel": "model.module",
@@ -110,10 +110,8 @@ def check_count(name: str, value: Any) -> None:
         raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
 
 
-def check_choice(name: str, value: Any, known: tuple[str, ...]) -> None:
+def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
     """Raise `OptionError` unless `value` is one of `known`."""
-    from .errors import nearest
-
     if value not in known:
         raise OptionError(f"{name}={value!r} is not known", details=[("known", ", ".join(known))],
                           hint=nearest(str(value), known))  # fmt: skip

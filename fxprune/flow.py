@@ -242,7 +242,9 @@ class _Run:
     def do_dims(self, node: fx.Node, use: Use) -> Any:
         rule, bound = use.rule, self.bound(node, use)
         values = [self.operand(node, bound, name) for name in rule.operands]
-        self._freeze_unnamed(node, {name: bound[name] for name in bound if name not in rule.operands})
+        self._freeze_unnamed(
+            node, {name: bound[name] for name in bound if name not in rule.operands}
+        )
         return self.run_letters(node, use, rule.pattern, values, bound)
 
     def _freeze_unnamed(self, node: fx.Node, rest: dict[str, Any]) -> None:

@@ -151,8 +151,9 @@ def _freeze_unmade(label: np.ndarray, slots: list[Slot], reasons: dict[int, Free
             made[label[slot.ids.reshape(-1).numpy()]] = True
     for slot in slots:
         classes = label[slot.ids.reshape(-1).numpy()]
+        why = Freeze(slot.node, slot.ids, "is made by no parameter")
         for each in classes[~made[classes]].tolist():
-            reasons.setdefault(each, Freeze(slot.node, slot.ids, "is made by no parameter"))
+            reasons.setdefault(each, why)
 
 
 def _grouped(slots: list[Slot], label: np.ndarray, reasons: dict[int, Freeze]) -> list[Group]:

@@ -63,7 +63,8 @@ def _blocks(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     blocks: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
-        rows, columns = [], []
+        rows: list[int] = []
+        columns: list[int] = []
         a = b = 1
         while (
             not (rows or columns)

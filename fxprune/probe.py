@@ -87,7 +87,9 @@ class _Hole:
 def _shape(spec: Any) -> Shape | None:
     """The shape a sample's argument asks a tensor of; None if it asks for something else."""
     if isinstance(spec, dict):
-        spec = next((spec[k] for k in ("positive", "unit", "bool", "shape", "low") if k in spec), None)
+        spec = next(
+            (spec[k] for k in ("positive", "unit", "bool", "shape", "low") if k in spec), None
+        )
     numbers = isinstance(spec, list) and all(isinstance(n, int) for n in spec)
     return tuple(spec) if numbers else None
 
@@ -248,7 +250,9 @@ class _Caller(nn.Module):
 
     def forward(self, *inputs):
         found = dict(zip(self.given, inputs, strict=True))
-        return self.call([found[i] if i in found else getattr(self, f"x{i}") for i in range(self.count)])
+        return self.call(
+            [found[i] if i in found else getattr(self, f"x{i}") for i in range(self.count)]
+        )
 
 
 # -- flow on a sample ----------------------------------------------------------------------------
@@ -348,7 +352,9 @@ def _trial(
     named |= {name: p.detach() for name, p in caller.named_parameters()}
     named |= dict(caller.named_buffers())
     values = pytree.tree_leaves(
-        fx.node.map_aggregate(output.args[0], lambda a: flow.values[a] if isinstance(a, fx.Node) else a),
+        fx.node.map_aggregate(
+            output.args[0], lambda a: flow.values[a] if isinstance(a, fx.Node) else a
+        ),
         is_leaf=lambda v: isinstance(v, Value),
     )
     opened = [run.opened(v) for v in values if isinstance(v, Value)]
@@ -483,9 +489,7 @@ class _Prober:
         _seed(0)
         mine = _leaves(call(call.values(0)))
         earlier = self.results.setdefault(_last(call.name), [])
-        known = any(
-            len(mine) == len(other) and all(map(_equal, mine, other)) for other in earlier
-        )
+        known = any(len(mine) == len(other) and all(map(_equal, mine, other)) for other in earlier)
         earlier.append(mine)
         return known
 
@@ -513,7 +517,14 @@ class _Prober:
             check(*args)
         except FxpruneError as error:
             self.report(f"{type(error).__name__}: {error.fault}")
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError, AttributeError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            TypeError,
+            IndexError,
+            AssertionError,
+            AttributeError,
+        ) as error:
             self.report(f"fails: {_first_line(error)}")
 
     def roles(self, call: _Call) -> Iterator[tuple[list[int], list[bool | None]]]:
@@ -574,7 +585,9 @@ class _Prober:
                     a in (1, b) for a, b in zip(sizes, found.shape, strict=True)
                 )
                 if not fits:
-                    self.report(f"gives {list(found.shape)}, its channels are laid out as {list(sizes)}")
+                    self.report(
+                        f"gives {list(found.shape)}, its channels are laid out as {list(sizes)}"
+                    )
                     return False
         return True
 
@@ -599,7 +612,9 @@ class _Prober:
                     return self.report(f"changing {shown} changes output of other channels too")
                 if not any(bool((c & m).any()) for c, m in zip(changed, marked, strict=True)):
                     if name in trial.zeros:
-                        return self.report(f"changing {shown} leaves the output tied to it as it is")
+                        return self.report(
+                            f"changing {shown} leaves the output tied to it as it is"
+                        )
 
     def check_meeting(self, trial: _Trial, one: int, outputs: list[Tensor]) -> None:
         """Slices tied to each other, but to no output, must meet in some product."""
@@ -634,7 +649,9 @@ class _Prober:
             for value, out in zip(trial.outputs, found, strict=True):
                 layers = [layer for layer in value.layers if torch.isin(layer.ids, slot.ids).any()]
                 if layers and not torch.equal(layers[0].ids.expand(out.shape), out.long()):
-                    return self.report(f"ids along dim {slot.dim} of {source} leave in another order")
+                    return self.report(
+                        f"ids along dim {slot.dim} of {source} leave in another order"
+                    )
 
     def check_drops(self, trial: _Trial, outputs: list[Tensor], values: bool = True) -> None:
         """Dropping channels gives what is left of the masked result."""
@@ -711,7 +728,9 @@ class _Prober:
                     self.seen_mixing |= {base, letter}
                 else:
                     mode = "in training " if trial.caller.training else ""
-                    self.report(f"mixes along `{letter}` {mode}: changing {name} at {k} changes others")
+                    self.report(
+                        f"mixes along `{letter}` {mode}: changing {name} at {k} changes others"
+                    )
                 return
 
     def check_made(self, call: _Call) -> None:

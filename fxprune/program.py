@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -41,21 +42,21 @@ def _atoms(channels: np.ndarray, value: np.ndarray, constraints: Sequence[Constr
     """Atoms as places in `channels`; for each constraint (rows x atoms) how often an atom's channel
     stands in a row, and how many elements of a row are not up for choice."""
     place = {c: k for k, c in enumerate(channels.tolist())}
-    pattern: list[list[tuple[int, int]]] = [[] for _ in place]
+    stands: list[list[tuple[int, int]]] = [[] for _ in place]
     fixed = [np.zeros(len(c.rows), np.int64) for c in constraints]
     for i, constraint in enumerate(constraints):
         for r, row in enumerate(constraint.rows.tolist()):
             for c in row:
                 if c in place:
-                    pattern[place[c]].append((i, r))
+                    stands[place[c]].append((i, r))
                 else:
                     fixed[i][r] += 1
-    found: dict[tuple, list[int]] = defaultdict(list)
-    for k, key in enumerate(pattern):
-        found[*key, np.isinf(value[k])].append(k)
+    found: dict[Any, list[int]] = defaultdict(list)
+    for k, pairs in enumerate(stands):
+        found[tuple(pairs), bool(np.isinf(value[k]))].append(k)
     table = [np.zeros((len(c.rows), len(found)), np.int64) for c in constraints]
-    for a, key in enumerate(found):
-        for i, r in key[:-1]:
+    for a, (pairs, _) in enumerate(found):
+        for i, r in pairs:
             table[i][r, a] += 1
     return list(found.values()), table, fixed
 

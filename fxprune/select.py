@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -190,7 +190,9 @@ def _choose_bound(
     kept[channels] = solve(channels, value, family.constraints, limit)
     for i in family.groups:
         c = family.constraints[0]
-        reasons[i] = f"keeps equal counts in {len(c.rows)} blocks of {c.rows.shape[1]} (%{c.node.name})"
+        reasons[i] = (
+            f"keeps equal counts in {len(c.rows)} blocks of {c.rows.shape[1]} (%{c.node.name})"
+        )
 
 
 def _normal(scores: np.ndarray) -> np.ndarray:

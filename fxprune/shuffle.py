@@ -56,7 +56,13 @@ def find_gather(node: fx.Node, values: dict[fx.Node, Any], rerun: Rerun) -> Gath
             return None
         if len(value.layers[0].varying) == 1:
             return _checked(source, value, chain[::-1], values, rerun)
-        if sum(isinstance(user.meta.get("val"), Tensor) or user.op == "output" for user in source.users) != 1:
+        if (
+            sum(
+                isinstance(user.meta.get("val"), Tensor) or user.op == "output"
+                for user in source.users
+            )
+            != 1
+        ):
             return None
         chain.append(source)
         source = (

@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 from .errors import FxpruneError, InputError, TraceError
 from .pattern import bind
 from .rules import Rules
-from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain, traced
+from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
 
 _OWN = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -547,7 +547,7 @@ def evaluate(func, args, kwargs, standin: Callable[[torch.Tensor, bool, bool], t
     tensors = _tensors((args, kwargs))
     meta = any(t.is_meta for t in tensors)
     name = getattr(func, "__name__", "")
-    changed = not meta and name.endswith("_") and not name.endswith("__") or name == "__setitem__"
+    changed = (not meta and name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
     device = torch.device("meta" if meta else "cpu")
     if meta and name in ("__getitem__", "getitem"):
         args = (args[0], _without_masks(args[1]))

@@ -115,7 +115,7 @@ def test_every_option_of_prune_is_described(option):
 @pytest.mark.parametrize("name", fxprune.criteria.names())
 def test_every_criterion_is_described(name):
     if name in _shipped():
-        assert f"`{name}`" in _guide()
+        assert f'`"{name}"`' in _guide()
 
 
 def _shipped() -> set[str]:

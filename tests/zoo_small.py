@@ -808,8 +808,9 @@ def global_filter(m, x):
     return m.o(m.b(torch.fft.irfft2(spectrum, s=(8, 8), dim=(2, 3), norm="ortho")))
 
 
-@odd(image(), re=conv(3, 8), im=conv(3, 8), o=conv(8, 2))
+@odd(image(), a=conv(3, 6), re=conv(6, 8), im=conv(6, 8), o=conv(8, 2))
 def complex_parts(m, x):
+    x = m.a(x)
     z = torch.complex(m.re(x), m.im(x))
     return m.o(z.abs()), m.o((z * z.conj()).real)
 
@@ -890,9 +891,9 @@ def effective_se(m, x):
     return m.o(x * F.relu6(m.f(x.mean((2, 3), keepdim=True)) + 3) / 6)
 
 
-@odd(image(), a=conv(3, 8), e=nn.Conv1d(1, 1, 3, padding=1, bias=False), o=conv(8, 2), frozen="window")
+@odd(image(), s=conv(3, 6), a=conv(6, 8), e=nn.Conv1d(1, 1, 3, padding=1, bias=False), o=conv(8, 2), frozen="is read by position, as in a window")
 def eca(m, x):
-    x = m.a(x)
+    x = m.a(m.s(x))
     y = m.e(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
     return m.o(x * y.sigmoid()[:, :, None, None])
 
@@ -903,10 +904,10 @@ def mixed_depthwise(m, x):
     return m.o(m.b(torch.cat([c(p) for c, p in zip(m.cs, parts)], 1)))
 
 
-@odd(image(), a=conv(3, 8), g=conv(2, 1, 3, bias=False), o=conv(8, 2), mixing="all")
+@odd(image(), s=conv(3, 6), a=conv(6, 8), g=conv(2, 1, 3, bias=False), o=conv(8, 2), frozen="is read by position, as in a window")
 def triplet(m, x):
     """one arm of triplet attention: C and H trade places, pooled over H"""
-    x = m.a(x)
+    x = m.a(m.s(x))
     y = x.permute(0, 2, 1, 3).contiguous()
     pooled = torch.cat((y.max(1)[0].unsqueeze(1), y.mean(1).unsqueeze(1)), 1)
     gate = m.g(pooled).sigmoid()
@@ -1011,7 +1012,7 @@ class LayerNorm2d(nn.LayerNorm):
         return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
 
 
-@odd(image(), a=conv(3, 8), n=LayerNorm2d(8), o=conv(8, 2))
+@odd(image(), a=conv(3, 8), n=LayerNorm2d(8), o=conv(8, 2), oracle="narrowed")
 def layer_norm_2d(m, x):
     return m.o(m.n(m.a(x)))
 
@@ -1303,10 +1304,11 @@ def folded(m, x):
     return m.o(F.avg_pool2d(y, 2) + m.b(x))
 
 
-@odd(tensor(2, 4, 6), tensor(2, 8), gates=nn.Linear(14, 32), o=nn.Linear(8, 2))
+@odd(tensor(2, 4, 5), tensor(2, 8), e=nn.Linear(5, 6), gates=nn.Linear(14, 32), o=nn.Linear(8, 2), frozen="meets a constant or an input")
 def lstm_cell_by_hand(m, xs, h):
+    """the hidden state is an input of the network: its width stays"""
     c = torch.zeros_like(h)
-    for x in xs.unbind(1):
+    for x in m.e(xs).unbind(1):
         i, f, g, o = m.gates(torch.cat([x, h], 1)).chunk(4, 1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
@@ -1436,3 +1438,355 @@ def scaled_by_width(m, x):
     """a number that is the width: it must stay the original's"""
     x = m.a(x)
     return m.o(m.b(x * x.shape[1] ** -0.5) / m.b.out_channels)
+
+
+# more of everything
+
+
+@odd(image(), a=conv(3, 8), b=conv(8 * 4, 6, 1), o=conv(6, 2))
+def unfold_method(m, x):
+    x = m.a(x).unfold(2, 2, 2).unfold(3, 2, 2)
+    n, c, h, w = x.shape[:4]
+    return m.o(m.b(x.permute(0, 1, 4, 5, 2, 3).reshape(n, -1, h, w)))
+
+
+@odd(image(), a=conv(3, 8), l=nn.Linear(8, 6), o=nn.Linear(6, 2))
+def matrix_transposes(m, x):
+    x = m.a(x).mean((2, 3))
+    return m.o((m.l.weight @ x.T).mT.relu() + m.l.bias)
+
+
+@odd(tensor(2, 5), tensor(2, 4), a=nn.Linear(5, 8), c=nn.Linear(4, 6), b=nn.Bilinear(8, 6, 10), o=nn.Linear(10, 2))
+def bilinear_layer(m, x, y):
+    return m.o(m.b(m.a(x), m.c(y)))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(8, 6)), o=conv(6, 2))
+def einsum_ellipsis(m, x):
+    y = torch.einsum("b...c,co->b...o", m.a(x).permute(0, 2, 3, 1), m.w)
+    return m.o(torch.einsum("bhwc->bchw", y))
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 8), o=nn.Linear(8, 2))
+def einsum_implicit(m, x):
+    x, y = m.a(x).flatten(2), m.b(x).flatten(2)
+    return m.o(torch.einsum("bcl,bcl->bc", x, y))
+
+
+@odd(image(), a=conv(3, 8), s=nn.Softmax2d(), o=conv(8, 2), frozen="has no rule", e=conv(8, 6), p=conv(6, 2))
+def softmax_2d(m, x):
+    x = m.a(x)
+    return m.o(m.s(x)) + m.p(m.e(x))
+
+
+@odd(image(), a=conv(3, 8), z=nn.ZeroPad2d(1), k=nn.ConstantPad2d((1, 0, 1, 0), 0.5), u=nn.Upsample(scale_factor=2), r=nn.ReflectionPad2d(1), o=conv(8, 2))
+def pad_modules(m, x):
+    return m.o(m.r(m.u(m.k(m.z(m.a(x))))))
+
+
+@odd(image(), s=conv(3, 6), a=conv(6, 8), o=conv(8, 2))
+def out_argument(m, x):
+    x = m.a(m.s(x))
+    y = torch.empty_like(x)
+    torch.mul(x, 0.5, out=y)
+    return m.o(y + x)
+
+
+@odd(tensor(2, 5, 8), t=nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), o=nn.Linear(8, 2))
+def encoder_layer(m, x):
+    return m.o(m.t(x))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def autocast_context(m, x):
+    with torch.autocast("cpu", enabled=False):
+        x = m.a(x)
+    return m.o(m.b(x))
+
+
+@odd(tensor(2, 5, 6), w12=nn.Linear(6, 32), w3=nn.Linear(16, 6), o=nn.Linear(6, 2))
+def swiglu(m, x):
+    p, q = m.w12(x).chunk(2, dim=-1)
+    return m.o(m.w3(F.silu(p) * q))
+
+
+@odd(tensor(2, 6, 6), q=nn.Linear(6, 8), k=nn.Linear(6, 8), v=nn.Linear(6, 10), o=nn.Linear(10, 2), cos=torch.rand(6, 8), sin=torch.rand(6, 8))
+def rotary(m, x):
+    def turn(t):
+        p, q = t.chunk(2, -1)
+        return t * m.cos + torch.cat((-q, p), -1) * m.sin
+
+    a = (turn(m.q(x)) @ turn(m.k(x)).transpose(1, 2)).softmax(-1)
+    return m.o(a @ m.v(x))
+
+
+@odd(image(), qkv=nn.Linear(3, 24), table=nn.Parameter(torch.randn(9, 2)), index=torch.randint(0, 9, (16,)), p=nn.Linear(8, 6), o=nn.Linear(6, 2))
+def windows(m, x):
+    """shifted windows of 2 x 2 with a table of relative positions"""
+    x = torch.roll(x.permute(0, 2, 3, 1), (-1, -1), (1, 2))
+    n, h, w, c = x.shape
+    x = x.view(n, h // 2, 2, w // 2, 2, c).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 4, c)
+    q, k, v = m.qkv(x).reshape(-1, 4, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+    bias = m.table[m.index].view(4, 4, 2).permute(2, 0, 1).contiguous()
+    a = (q @ k.transpose(-2, -1) + bias.unsqueeze(0)).softmax(-1)
+    y = m.p((a @ v).transpose(1, 2).reshape(-1, 4, 8))
+    y = y.view(n, h // 2, w // 2, 2, 2, -1).permute(0, 1, 3, 2, 4, 5).reshape(n, h, w, -1)
+    return m.o(torch.roll(y, shifts=(1, 1), dims=(1, 2)))
+
+
+@odd(image(), a=conv(3, 8), b=conv(2, 6), c=conv(6, 6), o=conv(6, 2))
+def split_by_computed_sizes(m, x):
+    x = m.a(x)
+    c = x.shape[1]
+    p, q = x.split([c // 4, c - c // 4], 1)
+    return m.o(m.b(p) + m.c(q))
+
+
+@odd(image(), a=conv(3, 8), s=nn.Sequential(conv(8, 6), nn.Sequential(nn.ReLU(), conv(6, 4))), o=conv(4, 2))
+def called_in_odd_ways(m, x):
+    x = m.a.forward(x)
+    x = nn.Conv2d.forward(m.s[0], x)
+    return m.o(m.s[-1][1].__call__(m.s[-1][0](x)))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def module_and_its_weight(m, x):
+    y = m.a(x)
+    z = F.conv2d(x, m.a.weight, None, padding=1) + m.a.bias.view(1, -1, 1, 1)
+    return m.o(m.b(y + z))
+
+
+@odd(image(), tensor(2, 4), h=nn.Linear(4, 8 * 3 * 9), b=conv(8, 6), o=conv(6, 2))
+def hyper_network(m, x, z):
+    """the filters are outputs of a linear layer"""
+    w = m.h(z.mean(0)).view(8, 3, 3, 3)
+    return m.o(m.b(F.conv2d(x, w, padding=1)))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 3, 3)), mask=torch.ones(6, 8, 3, 3).triu(), o=conv(6, 2))
+def masked_conv(m, x):
+    return m.o(F.conv2d(m.a(x), m.w * m.mask, padding=1))
+
+
+@odd(image(), a=conv(3, 8), p=nn.Parameter(torch.randn(6, 4)), q=nn.Parameter(torch.randn(4, 8)), o=conv(6, 2))
+def low_rank(m, x):
+    return m.o(F.conv2d(m.a(x), (m.p @ m.q)[:, :, None, None]))
+
+
+@odd(tensor(2, 5, 6), a=nn.Linear(6, 8), base=nn.Linear(8, 10), down=nn.Parameter(torch.randn(8, 4)), up=nn.Parameter(torch.randn(4, 10)), o=nn.Linear(10, 2))
+def low_rank_adapter(m, x):
+    x = m.a(x)
+    return m.o(m.base(x) + (x @ m.down) @ m.up * 0.5)
+
+
+@odd(image(), a=conv(3, 12), b=conv(12, 14), o=conv(16, 2))
+def dual_path(m, x):
+    """a residual part and a part that grows"""
+    x = m.a(x)
+    y = m.b(x)
+    residual = x[:, :8] + y[:, :8]
+    return m.o(torch.cat([residual, x[:, 10:], y[:, 8:]], 1))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 12), o=conv(12, 2))
+def partial_residual(m, x):
+    x = m.a(x)
+    y = m.b(x)
+    return m.o(torch.cat([y[:, :8] + x, y[:, 8:]], dim=1))
+
+
+@odd(image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 12), o=conv(12, 2), frozen="is assigned to in part")
+def partial_residual_in_place(m, x):
+    x = m.a(m.s(x))
+    y = m.b(x)
+    y[:, 0:8] += x
+    return m.o(y)
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def changed_through_a_view(m, x):
+    x = m.a(x)
+    p, q = x.chunk(2, 1)
+    p.relu_()
+    q.mul_(0.5)
+    return m.o(m.b(x))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def changed_through_a_strided_view(m, x):
+    x = m.a(x)
+    x[:, ::2].mul_(0.5)
+    return m.o(m.b(x))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def changed_through_a_permute(m, x):
+    x = m.a(x)
+    y = x.permute(0, 2, 3, 1)
+    y.add_(1).relu_()
+    return m.o(m.b(x))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def changed_in_a_shuffle(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    y = x.view(n, 2, c // 2, h, w).transpose(1, 2)
+    y.mul_(0.5)
+    return m.o(m.b(y.reshape(n, c, h, w)) + m.b(x))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def top_k(m, x):
+    x = m.a(x)
+    best = x.flatten(2).topk(4, dim=2).values.mean(2)
+    return m.o(m.b(x * best[:, :, None, None]))
+
+
+@odd(image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 6), o=conv(6, 2))
+def gathers_and_scatters(m, x):
+    x = m.a(m.s(x))
+    order = x.argsort(dim=1)
+    y = torch.gather(x, 1, order)
+    return m.o(m.b(torch.zeros_like(x).scatter_add(1, order, y)))
+
+
+@odd(image(), a=conv(3, 8), proto=nn.Parameter(torch.randn(5, 8)), o=nn.Linear(5, 2))
+def prototypes(m, x):
+    """squared distances to learned centres"""
+    f = m.a(x).mean((2, 3))
+    d = (f[:, None] - m.proto[None]).square().sum(-1)
+    return m.o((-d).softmax(-1))
+
+
+@odd(image(), a=conv(3, 8), proto=nn.Parameter(torch.randn(5, 8)), o=nn.Linear(5, 2), frozen="has no rule", b=conv(3, 6), p=conv(6, 8))
+def prototypes_by_cdist(m, x):
+    f = (m.a(x) + m.p(m.b(x))).mean((2, 3))
+    return m.o(torch.cdist(f, m.proto))
+
+
+@odd(image(), a=conv(3, 8), d=conv(8, 8, groups=8), b=conv(8, 6), o=conv(6, 2))
+def depthwise_by_function(m, x):
+    x = m.a(x)
+    return m.o(m.b(F.conv2d(x, m.d.weight, m.d.bias, padding=1, groups=x.shape[1])))
+
+
+@odd(image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 6), o=conv(6, 2), frozen="mean at %mean mixes channels")
+def mean_of_everything(m, x):
+    found = {}
+    x = m.s(x)
+    for name in ("a", "b"):
+        x = found[name] = getattr(m, name)(x)
+    total = sum(v.mean() for v in found.values())
+    return m.o(x) * total
+
+
+@odd(image(), a=conv(3, 8), h=nn.ModuleList([conv(8, 4), conv(8, 4)]), o=conv(8, 2))
+def reduce_with_cat(m, x):
+    import functools
+
+    x = m.a(x)
+    return m.o(functools.reduce(lambda p, q: torch.cat([p, q], 1), [h(x) for h in m.h]))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 16), o=conv(4, 2))
+def max_feature_map(m, x):
+    """LightCNN: the larger of two halves, twice"""
+    x = m.b(m.a(x))
+    x = torch.max(*torch.split(x, 8, 1))
+    return m.o(torch.maximum(*x.chunk(2, dim=1)))
+
+
+@odd(image(), a=conv(3, 12), b=conv(12, 6), o=conv(6, 2))
+def group_attention(m, x):
+    """SGE: every group of channels has a gate of its own, from its own mean"""
+    x = m.a(x)
+    n, c, h, w = x.shape
+    g = x.reshape(n * 3, -1, h, w)
+    gate = (g * g.mean((2, 3), keepdim=True)).sum(1, keepdim=True).sigmoid()
+    return m.o(m.b((g * gate).view(n, c, h, w)))
+
+
+@odd(image(), a=conv(3, 12), w=par(1, 3, 1, 1), n=nn.GroupNorm(4, 4), o=conv(12, 2))
+def shuffle_attention(m, x):
+    """SA-Net: batch and groups merge, half of each group is gated"""
+    x = m.a(x)
+    n, c, h, w = x.shape
+    x = x.reshape(n * 3, -1, h, w)
+    p, q = x.chunk(2, dim=1)
+    p = p * p.mean((2, 3), keepdim=True).sigmoid()
+    q = q * q.amax((2, 3), keepdim=True).sigmoid()
+    x = torch.cat([p, q], dim=1).reshape(n, -1, h, w)
+    x = x.reshape(n, 2, -1, h, w).permute(0, 2, 1, 3, 4).reshape(n, -1, h, w)
+    return m.o(x)
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 8), o=conv(16, 2))
+def interleaved_by_view(m, x):
+    x, y = m.a(x), m.b(x)
+    n, c, h, w = x.shape
+    return m.o(torch.cat([x.view(n, c, 1, h, w), y.view(n, c, 1, h, w)], 2).view(n, 2 * c, h, w))
+
+
+@odd(image(), a=conv(3, 8), o=nn.Linear(16, 2))
+def mean_and_deviation(m, x):
+    x = m.a(x).flatten(2)
+    return m.o(torch.cat([x.mean(-1), x.std(-1)], 1))
+
+
+@odd(tensor(2, 3, 5, 5), a=conv(3, 8), b=nn.Conv2d(8, 6, (5, 5)), o=nn.Linear(6, 2))
+def kernel_as_wide_as_the_picture(m, x):
+    return m.o(m.b(m.a(x))[:, :, 0, 0])
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def where_by_mask_of_shape(m, x):
+    x = m.a(x)
+    mask = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).tril()
+    return m.o(m.b(torch.where(mask, x, x.new_tensor(0.0))))
+
+
+@odd(image(), a=conv(3, 8), l=nn.Linear(8, 6), o=nn.Linear(6, 2))
+def boolean_index(m, x):
+    x = m.a(x).flatten(2).transpose(1, 2)
+    keep = torch.arange(64) % 3 != 0
+    return m.o(m.l(x[:, keep]).mean(1))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 8), c=conv(8, 8), o=conv(8, 2))
+def mean_of_stack(m, x):
+    x = m.a(x)
+    return m.o(torch.stack([x, m.b(x), m.c(x)], 0).mean(0))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 8), o=conv(8, 2))
+def median_of_stack(m, x):
+    x = m.a(x)
+    return m.o(torch.stack([x, m.b(x), x * 2], -1).median(-1)[0])
+
+
+@odd(image(), a=conv(3, 16), b=conv(4, 6), o=conv(6, 2))
+def four_quarters(m, x):
+    return m.o(sum(m.b(part) for part in m.a(x).chunk(4, 1)))
+
+
+@odd(image(), a=conv(3, 16), bs=nn.ModuleList(conv(4, 4) for _ in range(4)), o=conv(16, 2))
+def cascaded_groups(m, x):
+    """EfficientViT's cascade: each piece adds the last one's result"""
+    found, last = [], None
+    for part, layer in zip(m.a(x).chunk(4, dim=1), m.bs, strict=True):
+        last = layer(part if last is None else part + last)
+        found.append(last)
+    return m.o(torch.cat(found, 1))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(8, 4, 4)), o=conv(8, 2))
+def resized_position_table(m, x):
+    x = m.a(x)
+    return m.o(x + F.interpolate(m.w[None], size=x.shape[-2:], mode="bilinear"))
+
+
+@odd(image(), a=conv(3, 8), t=nn.Parameter(torch.randn(64, 8)), o=nn.Linear(8, 2))
+def sliced_position_table(m, x):
+    x = m.a(x).flatten(2).permute(0, 2, 1)
+    return m.o(x + m.t[: x.shape[1]].unsqueeze(0))

@@ -1,0 +1,74 @@
+"""Which groups a user's patterns, modules and types mean."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from .analysis import Analysis
+from .errors import OptionError, nearest
+from .groups import Group
+from .select import layer_names
+
+Ignore = Sequence["str | nn.Module | type"]
+
+
+def ignored(analysis: Analysis, ignore: Ignore) -> dict[int, str]:
+    """Group number -> why it is left alone. Raises `OptionError` for an item that matches nothing."""
+    if isinstance(ignore, (str, nn.Module, type)):
+        ignore = (ignore,)
+    found: dict[int, str] = {}
+    for item in ignore:
+        names, inputs = _names_of(analysis, item)
+        shown = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
+        for i, group in enumerate(analysis.groups):
+            mine = _reader_names(group) if inputs else layer_names(group)
+            if any(name in names for name in mine):
+                found[i] = f"ignored by `{shown}`"
+    return found
+
+
+def _reader_names(group: Group) -> list[str]:
+    readers = [m.param for m in group.members if m.role == "in"]
+    return [name for param in readers for name in (param, param.rpartition(".")[0])]
+
+
+def _names_of(analysis: Analysis, item: Any) -> tuple[set[str], bool]:
+    """Names of modules and parameters an item means, and whether their inputs are meant."""
+    modules = dict(analysis.model.named_modules())
+    if isinstance(item, str):
+        inputs, pattern = item.startswith("in:"), item.removeprefix("in:")
+        known = {*modules, *analysis.tensors}
+        names = {n for n in known if fnmatch.fnmatchcase(n, pattern)}
+        names |= {n for n in known if any(n.startswith(f"{m}.") for m in names if m)}
+        _must_match(bool(names), f"ignore pattern `{item}`", pattern, known)
+        return names, inputs
+    if isinstance(item, nn.Module):
+        roots = [name for name, module in modules.items() if module is item]
+    elif isinstance(item, type):
+        roots = [name for name, module in modules.items() if isinstance(module, item)]
+    else:
+        kind = type(item).__name__
+        raise OptionError(f"ignore holds a {kind}", hint="name patterns, modules or module types")
+    names = {n for n in modules if any(n == r or n.startswith(f"{r}.") or not r for r in roots)}
+    _must_match(bool(names), f"ignore={getattr(item, '__name__', type(item).__name__)}", "", ())
+    return names, False
+
+
+def check_patterns(analysis: Analysis, rates: Mapping[str, float]) -> None:
+    """Raise `OptionError` for a pattern of `rates` that matches no layer with channels."""
+    names = {name for group in analysis.groups for name in layer_names(group)}
+    for pattern in rates:
+        found = any(fnmatch.fnmatchcase(name, pattern) for name in names)
+        _must_match(found, f"rates pattern `{pattern}`", pattern, names)
+
+
+def _must_match(found: bool, what: str, pattern: str, known: Iterable[str]) -> None:
+    if not found:
+        raise OptionError(
+            f"{what} matches nothing in the model",
+            hint=nearest(pattern, known) or "patterns are shell-style, as in `layer1.*.conv2`",
+        )
