@@ -19,11 +19,32 @@ if TYPE_CHECKING:
     from .verifier import Verification
 
 _HOMES = {
-    "prune": "api", "analyze": "api", "plan": "api", "apply": "api", "verify": "api", "criterion": "criteria",
-    "Plan": "plans", "Analysis": "analysis", "Verification": "verifier", "FxpruneError": "errors",
-}  # fmt: skip
-__all__ = ["Analysis", "FxpruneError", "Plan", "Verification", "analyze", "apply", "criteria", "criterion", "errors",
-           "plan", "prune", "rules", "verify"]  # fmt: skip
+    "Analysis": "analysis",
+    "FxpruneError": "errors",
+    "Plan": "plans",
+    "Verification": "verifier",
+    "analyze": "api",
+    "apply": "api",
+    "criterion": "criteria",
+    "plan": "api",
+    "prune": "api",
+    "verify": "api",
+}
+__all__ = [
+    "Analysis",
+    "FxpruneError",
+    "Plan",
+    "Verification",
+    "analyze",
+    "apply",
+    "criteria",
+    "criterion",
+    "errors",
+    "plan",
+    "prune",
+    "rules",
+    "verify",
+]
 
 
 def __getattr__(name: str):

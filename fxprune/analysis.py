@@ -127,11 +127,11 @@ def analyze(
 ) -> Analysis:
     """Trace a model and find its channel groups. The model is not changed.
 
-    `example_inputs` is a tensor, a tuple of forward's arguments, or a dict of keyword arguments; the
-    usual shapes are tried where it is missing. `mixing` says which ops may go on over fewer channels
-    although their statistics then differ from the masked network's: "norms" (normalisation layers),
-    "all" (softmax, mean, max over channels too) or "none". `strict` raises `RuleError` on an op that
-    no rule knows, instead of freezing what reaches it.
+    `example_inputs` is a tensor, a tuple of forward's arguments, or a dict of keyword arguments;
+    the usual shapes are tried where it is missing. `mixing` says which ops may go on over fewer
+    channels although their statistics then differ from the masked network's: "norms"
+    (normalisation layers), "all" (softmax, mean, max over channels too) or "none". `strict` raises
+    `RuleError` on an op that no rule knows, instead of freezing what reaches it.
     """
     check_model(model)
     check_choice("mixing", mixing, ("norms", "all", "none"))
@@ -154,7 +154,8 @@ def _refuse(found: Flow) -> None:
     raise RuleError(
         f"{node.op} {node.target} {reason}",
         details=[("node", f"%{node.name}"), ("at", describe(node.meta.get("source")))],
-        hint="add a line to a rule file and load it with fxprune.rules.load, or leave strict out to freeze what it touches",
+        hint="add a line to a rule file and load it with fxprune.rules.load, "
+        "or leave strict out to freeze what it touches",
     )
 
 
@@ -162,12 +163,14 @@ def _warnings(found: Flow, grouped: Groups):
     """Unknown ops, once each, with their cost in channels."""
     cost: dict[str, int] = {}
     for group in grouped.groups:
-        if group.frozen is not None and group.frozen.node in found.unknown:
-            cost[group.frozen.node.name] = cost.get(group.frozen.node.name, 0) + len(group)
+        node = group.frozen.node if group.frozen is not None else None
+        if node is not None and node in found.unknown:
+            cost[node.name] = cost.get(node.name, 0) + len(group)
     for node, reason in found.unknown.items():
         if cost.get(node.name):
+            what = f"%{node.name} ({_target(node)}) {reason}"
             where = describe(node.meta.get("source"))
-            yield f"%{node.name} ({_target(node)}) {reason}: {cost[node.name]} channels are frozen because of it ({where})"
+            yield f"{what}: {cost[node.name]} channels are frozen because of it ({where})"
 
 
 def _target(node: fx.Node) -> str:

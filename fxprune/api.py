@@ -58,10 +58,10 @@ def prune(
 
     example_inputs: a tensor, a tuple of forward's arguments or a dict of them; guessed if missing.
     criterion:      a name (`fxprune.criteria.names()`) or a function of a group's `Slices`.
-    rate:           share of channels removed, in [0, 1): of each group (``scope="local"``) or of all
-                    prunable channels together (``scope="global"``).
+    rate:           share of channels removed, in [0, 1): of each group (``scope="local"``) or of
+                    all prunable channels together (``scope="global"``).
     select_by:      "rate"; "cumulative" (per group, the longest run of lowest scores whose summed
-                    share is at most `rate`); "threshold" (all scores strictly above the one at `rate`).
+                    share is at most `rate`); "threshold" (keep scores above the one at `rate`).
     reduce:         how scores of coupled layers are joined: mean, sum, max, first.
     rates:          name pattern of layers -> rate, over `rate`; the last match counts.
     ignore:         layers whose output channels all stay, as name patterns, modules or types;
@@ -134,9 +134,10 @@ def _check_prunable(analysis: Analysis) -> None:
     raise NothingToPrune(
         f"no channel of {type(analysis.model).__name__} may go",
         details=why,
-        hint="the last layer's outputs always stay; `fxprune.analyze(model).frozen` lists every reason"
-        if why else "the model has no layer with channels that a rule knows",
-    )  # fmt: skip
+        hint="the last layer's outputs always stay; fxprune.analyze(model).frozen lists all reasons"
+        if why
+        else "the model has no layer with channels that a rule knows",
+    )
 
 
 def _freeze_at(analysis: Analysis, error: RewriteError) -> None:
@@ -235,8 +236,8 @@ def verify(
 ) -> Verification:
     """Prove that `pruned` computes what `model` computes with the plan's channels masked.
 
-    Raises `VerificationError` with the largest difference if it does not, `PlanError` if the plan is
-    for another model.
+    Raises `VerificationError` with the largest difference if it does not, `PlanError` if the plan
+    is for another model.
     """
     analysis = _analysis_for(model, plan, example_inputs)
     return _verified(analysis, plan, kept_by_plan(analysis, plan), pruned, True)

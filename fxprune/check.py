@@ -1,4 +1,4 @@
-"""What is refused before any work: models that cannot be pruned as they are, options out of range."""
+"""What is refused before any work: models not fit to be pruned, options out of range."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_model(model: Any) -> None:
-    """Raise `ModelError` for a model that is lazy, quantized, wrapped, scripted or on several devices."""
+    """Raise `ModelError` for a model that is lazy, quantized, wrapped, scripted or spread out."""
     if not isinstance(model, nn.Module):
         raise ModelError(
             f"a torch.nn.Module is needed, not {type(model).__name__}",
@@ -78,16 +78,17 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
     """Raise `ModelError` for the first parameter that holds NaN or infinity."""
     for name, tensor in tensors.items():
         if (
-            tensor.is_floating_point()
-            and not tensor.is_meta
-            and not bool(torch.isfinite(tensor.detach().sum()))
+            not tensor.is_floating_point()
+            or tensor.is_meta
+            or bool(tensor.detach().sum().isfinite())
         ):
-            if not bool(torch.isfinite(tensor).all()):
-                kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-                raise ModelError(
-                    f"`{name}` holds {kind}",
-                    hint="scores of such weights mean nothing; load or train sound ones first",
-                )
+            continue  # a finite sum has finite terms
+        if not bool(torch.isfinite(tensor).all()):
+            kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+            raise ModelError(
+                f"`{name}` holds {kind}",
+                hint="scores of such weights mean nothing; load or train sound ones first",
+            )
 
 
 def check_share(name: str, value: Any, *, whole: bool = False) -> None:
@@ -113,5 +114,9 @@ def check_count(name: str, value: Any) -> None:
 def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
     """Raise `OptionError` unless `value` is one of `known`."""
     if value not in known:
-        raise OptionError(f"{name}={value!r} is not known", details=[("known", ", ".join(known))],
-                          hint=nearest(str(value), known))  # fmt: skip
+        choices = [str(choice) for choice in known]
+        raise OptionError(
+            f"{name}={value!r} is not known",
+            details=[("known", ", ".join(choices))],
+            hint=nearest(str(value), choices),
+        )

@@ -34,7 +34,7 @@ def _rebuild(cls, fault, details, hint):
 
 
 class ModelError(FxpruneError):
-    """The model cannot be pruned as it was handed in (lazy, quantized, wrapped, not finite, ...)."""
+    """The model cannot be pruned as it was handed in: lazy, quantized, wrapped, not finite."""
 
 
 class InputError(FxpruneError):

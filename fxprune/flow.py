@@ -275,8 +275,11 @@ class _Run:
         self, node: fx.Node, use: Use, pattern, values: list[Value | None], bound: dict[str, Any]
     ) -> Any:
         outputs = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
-        sizes = {text: self.concrete(bound[key]) for key, text in use.rule.sizes.items()
-                 if key in bound and len(text.split()) == 1 and not text.startswith("*")}  # fmt: skip
+        sizes = {
+            text: self.concrete(bound[key])
+            for key, text in use.rule.sizes.items()
+            if key in bound and text.isidentifier()
+        }
         ranks = {
             letter: len(self.concrete(bound[key]))
             for letter, key in use.rule.ranks.items()
@@ -299,9 +302,10 @@ class _Run:
     def _if_raw(self, value: Value | None) -> Value | None:
         return self.opened(value) if value is not None and value.param in self.ids.slots else value
 
-    def _ranks_at(self, use: Use, bound: dict[str, Any], values) -> dict[str, int]:
+    def _ranks_at(self, use: Use, bound: dict[str, Any], values: list[Any]) -> dict[str, int]:
+        """The dims before the one that an argument points at are the first star's."""
         ranks = {}
-        for key, letter in use.rule.at.items():
+        for key in use.rule.at:
             rank = len(values[0].shape)
             dim = self.concrete(bound.get(key, -1)) % rank
             before = use.rule.pattern.inputs[0].terms[0].atoms[0].letter
@@ -341,7 +345,7 @@ class _Run:
     def meet(
         self, node: fx.Node, values: list[Value], shape: tuple[int, ...], use: Use
     ) -> tuple[list[Layer], bool]:
-        """Broadcast values against each other: what meets is tied, or frozen by what has no channels."""
+        """Broadcast values: what meets is tied, or frozen by what has no channels."""
         laid = [[_lift(layer, len(shape)) for layer in v.layers] for v in values]
         real = [_real(v, len(shape)) for v in values]
         merged = self._tied(node, laid, real)
@@ -490,7 +494,7 @@ class _Run:
         return Layer(ids, layer.zero, layer.origin if after > 1 else None)
 
     def _shuffled(self, node: fx.Node, layer: Layer) -> None:
-        """Channels leave in another order than they came: gather them, or keep the same of each block."""
+        """Channels leave in another order: gather them, or keep the same ones of each block."""
         gather = find_gather(node, self.result.values, lambda n, x, s: self.rerun(n, x, s))
         if gather is None:
             rows = layer.origin.reshape(-1, layer.origin.shape[-1])  # type: ignore[union-attr]
@@ -521,7 +525,7 @@ class _Run:
         args, kwargs = self.concrete(node.args[1:]), self.concrete(dict(node.kwargs))
         if node.op == "call_method":
             return getattr(ids, node.target)(*args, **kwargs)
-        return node.target(ids, *args, **kwargs)  # type: ignore[operator]
+        return node.target(ids, *args, **kwargs)
 
     def do_move(self, node: fx.Node, use: Use) -> Any:
         if node.args and not isinstance(self.result.values.get(node.args[0]), Value):
@@ -565,29 +569,22 @@ class _Run:
         return moved
 
     def do_assign(self, node: fx.Node, use: Use) -> None:
-        target, given = (
-            self.opened(self.result.values[node.args[0]]),
-            self.result.values.get(node.args[2]),
-        )
+        """``target[index] = given``: channels meet where whole ones are assigned to."""
+        target = self.opened(self.result.values[node.args[0]])
+        given = self.result.values.get(node.args[2])
         index = self.concrete(node.args[1])
+        source = self.opened(given) if isinstance(given, Value) else Value(())
+        met = []
         for layer in target.layers:
-            try:
-                part = layer.ids.expand(target.shape)[index]
-            except (RuntimeError, IndexError, TypeError):
-                part = None
-            whole = part is not None and part.numel() and len(layer.varying) == 1
-            shape = tuple(part.shape) if part is not None else ()
-            source = self.opened(given) if isinstance(given, Value) else Value(())
-            if not whole or len(torch.unique(part)) != layer.ids.numel():
+            part = layer.ids.expand(target.shape)[index]
+            if len(layer.varying) > 1 or len(torch.unique(part)) != layer.ids.numel():
                 self.ids.freeze(node, layer.ids, f"is assigned to in part at %{node.name}")
-                for other in source.layers:
-                    self.ids.freeze(node, other.ids, f"is assigned at %{node.name}")
-                continue
-            kept = compress(part, range(part.ndim))
-            self.meet(node, [Value(shape, (Layer(kept),)), source], shape, use)
-        if not target.layers and isinstance(given, Value):
-            for other in self.opened(given).layers:
-                self.ids.freeze(node, other.ids, f"is assigned at %{node.name}")
+            else:
+                met.append(Layer(compress(part, range(part.ndim)), layer.zero))
+        shape = tuple(torch.empty(target.shape, device="meta")[index].shape)
+        self.meet(node, [Value(shape, tuple(met)), source], shape, use)
+        changed = tuple(Layer(la.ids, False, la.origin) for la in target.layers)
+        self.result.values[node.args[0]] = Value(target.shape, changed, weight=target.weight)
 
     def do_cat(self, node: fx.Node, use: Use) -> Any:
         bound = use.bound(node.args, node.kwargs)

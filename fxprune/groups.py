@@ -1,7 +1,7 @@
 """Step `groups`: merge ties into coupled channels, and channels into groups.
 
-A *channel* is one connected class of ids: slices of parameters that must go together. Channels whose
-slices lie in the same dims of the same parameters form a *group*.
+A *channel* is one connected class of ids: slices of parameters that must go together. Channels
+whose slices lie in the same dims of the same parameters form a *group*.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Ignore = Sequence["str | nn.Module | type"]
 
 
 def ignored(analysis: Analysis, ignore: Ignore) -> dict[int, str]:
-    """Group number -> why it is left alone. Raises `OptionError` for an item that matches nothing."""
+    """Group number -> why it is left alone; `OptionError` for an item that matches nothing."""
     if isinstance(ignore, (str, nn.Module, type)):
         ignore = (ignore,)
     found: dict[int, str] = {}

@@ -64,7 +64,7 @@ def of_spec(spec: Any) -> Inputs:
 
 
 def traced(model: nn.Module, example_inputs: Any, rules: Rules):
-    """The traced graph, and the inputs it was traced on; the usual ones are tried where none are given."""
+    """The traced graph and its inputs; the usual ones are tried where none are given."""
     if example_inputs is not None:
         inputs = given(example_inputs)
         return trace(model, inputs.args, inputs.kwargs, rules=rules), inputs

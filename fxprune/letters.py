@@ -73,6 +73,10 @@ class _Call:
             letter for names in self.binding.output for letter in names if self.sizes[letter] > 1
         }
 
+    def is_learned(self, i: int) -> bool:
+        value = self.values[i]
+        return value is not None and value.param in self.learned
+
     def is_raw(self, i: int) -> bool:
         value = self.values[i]
         return value is not None and value.param is not None
@@ -163,7 +167,7 @@ def _without_windows(call: _Call, i: int, layers: list[Named]) -> list[Named]:
 
 
 def _made_letters(call: _Call) -> list[tuple[list[str], list[str]]]:
-    """For each output dim that weights make: letters passed on from other operands, letters made."""
+    """For each output dim that weights make: letters passed on from others, letters made."""
     raw = {letter for i in range(len(call.values)) if call.is_raw(i) for letter in call.real(i)}
     given = {
         letter for i in range(len(call.values)) if not call.is_raw(i) for letter in call.real(i)
@@ -320,7 +324,7 @@ def _passed(call: _Call, named: Named, mixed: list[Named]) -> Layer | None:
                 call.node, named.ids, "is summed over channels that masking does not make zero"
             )
         return None
-    learned = any(letters <= call.real(i) and call.values[i].param in call.learned for i in raws)  # type: ignore[union-attr]
+    learned = any(letters <= call.real(i) and call.is_learned(i) for i in raws)
     zero = learned or (call.rule.zero != "no" and named.zero)
     return Layer(_on_output(call, named), zero, named.origin if len(letters) > 1 else None)
 

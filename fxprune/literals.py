@@ -22,7 +22,7 @@ from .widths import RewriteError, Widths
 
 @dataclass
 class Call:
-    """A call about to be written: the old node, and target and arguments (old nodes) of the new one.
+    """A call about to be written: the old node, and the new one's target and arguments (old nodes).
 
     ``gathers`` are (dim, kept positions) taken from the first argument before the call.
     """

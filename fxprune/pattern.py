@@ -126,7 +126,7 @@ def _check(pattern: Pattern) -> None:
         if twice:
             raise RuleError(
                 f"`{min(twice)}` stands twice in `{operand}`",
-                hint="a dim that must be as wide as another of the same tensor needs a letter of its own",
+                hint="a dim as wide as another of the same tensor needs a letter of its own",
             )
         for term in operand.terms:
             for atom in term.atoms:
@@ -255,7 +255,8 @@ def _solve(pairs, sizes: dict[str, int], pattern: Pattern) -> dict[str, int]:
                     f"`{pattern}`: the shapes do not give the size of `{' '.join(names)}`"
                 )
             if size not in (1, _product(names, sizes)):
+                known, term = _product(names, sizes), " ".join(names)
                 raise RuleError(
-                    f"`{pattern}`: `{' '.join(names)}` is {_product(names, sizes)} in one operand, {size} in another"
+                    f"`{pattern}`: `{term}` is {known} in one operand, {size} in another"
                 )
     return sizes

@@ -1,4 +1,4 @@
-"""The pruned network: an `fx.GraphModule` that knows its plan, and pickles without tracing again."""
+"""The pruned network: an `fx.GraphModule` that knows its plan and pickles without tracing."""
 
 from __future__ import annotations
 

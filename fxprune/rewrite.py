@@ -241,9 +241,9 @@ class _Writer:
             literals.FIXES[rule.fix](
                 call, Context(self.widths, lambda n: self.numbers.get(n), source)
             )
-        if rule.kind == "move" and not call.gathers and self.widths.changed(source):
-            if not self.delivers(call, source):
-                return self.by_gather(node)
+        moves = rule.kind == "move" and not call.gathers and self.widths.changed(source)
+        if moves and not self.delivers(call, source):
+            return self.by_gather(node)
         env = self.env
         if call.gathers:
             taken = self._pregathered(call, source)
@@ -373,12 +373,9 @@ class _Writer:
             "_non_persistent_buffers_set",
         ):
             new.__dict__[name] = copy.copy(getattr(old, name))
-        if hasattr(
-            old, "_flat_weights_names"
-        ):  # recurrent modules list their weights a second time
-            new.__dict__["_flat_weights"] = [
-                new._parameters.get(n) for n in old._flat_weights_names
-            ]
+        if isinstance(old, nn.RNNBase):  # lists its weights a second time
+            own = new._parameters
+            new.__dict__["_flat_weights"] = [own.get(n) for n in old._flat_weights_names]
         for key, value in attrs.items():
             if hasattr(old, key):
                 setattr(new, key, value)

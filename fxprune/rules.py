@@ -53,6 +53,9 @@ class Rule(BaseModel):
     ``fixed``    letters of a size the op fixes
     ``mixes``    letters over which values are mixed; ``norm`` says the mixing is a normalisation
     ``scales``   the operand that holds one scale a channel
+    ``adds``     operands that are added: where they are not zero, the result is not
+    ``multiplies``  operands of which one zero makes the result zero (all that do not add, by default)
+    ``ignores``  tensors of which at most shape and dtype are read
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
     ``defaults`` what arguments are that a call of the function leaves out
     ``when``     what arguments must be for the rule to fit: a value, ``none``, ``tensor``,
@@ -93,6 +96,9 @@ class Rule(BaseModel):
     additive: bool = False
     keeps_dims: bool = False
     scales: str | None = None
+    adds: tuple[str, ...] = ()
+    multiplies: tuple[str, ...] = ()
+    ignores: tuple[str, ...] = ()
     pins: dict[str, str] = Field(default_factory=dict)
     macs: str = ""
     defaults: dict[str, Any] = Field(default_factory=dict)
@@ -106,7 +112,7 @@ class Rule(BaseModel):
     def _split_words(cls, data):
         if isinstance(data, dict):
             data = dict(data)
-            for key in ("words", "operands", "mixes"):
+            for key in ("words", "operands", "mixes", "adds", "multiplies", "ignores"):
                 if isinstance(data.get(key), str):
                     data[key] = data[key].split()
             if "dims" in data:
@@ -154,10 +160,9 @@ def _check_letters(rule: Rule, dims: pattern.Pattern) -> None:
     for word in named:
         if word.lstrip("*") not in letters:
             raise RuleError(f"`{word}` is not a letter of `{dims}`", hint=nearest(word, letters))
-    if rule.scales and rule.scales not in rule.operands:
-        raise RuleError(
-            f"`{rule.scales}` is not an operand", hint=nearest(rule.scales, rule.operands)
-        )
+    for name in (*([rule.scales] if rule.scales else []), *rule.adds, *rule.multiplies):
+        if name not in rule.operands:
+            raise RuleError(f"`{name}` is not an operand", hint=nearest(name, rule.operands))
     for operand, name in zip(dims.inputs[1:], rule.operands[1:], strict=True):
         alone = (
             set(operand.letters()) - (inputs - set(operand.letters())) - set(dims.output.letters())
@@ -271,15 +276,15 @@ class Rules:
         if name.startswith("Tensor."):
             self.methods.setdefault(name.removeprefix("Tensor."), []).insert(0, use)
             name = f"torch.{name}"  # operators reach a tracer as functions of the class
-        found = _resolve(name)
-        if callable(found):
-            self.functions.setdefault(found, []).insert(0, use)
+        key = _op_name(name) or _resolve(name)
+        if key is not None:
+            self.functions.setdefault(key, []).insert(0, use)
 
     def of_function(self, function: Any, call: Call | None = None) -> Use | None:
         """The rule of a function (an aten overload stands for its packet) called like this."""
-        uses = self.functions.get(function) or self.functions.get(
-            getattr(function, "overloadpacket", None), ()
-        )
+        packet = getattr(function, "overloadpacket", function)
+        operator_ = isinstance(packet, torch._ops.OpOverloadPacket)
+        uses = self.functions.get(str(packet) if operator_ else function, ())
         use = next((use for use in uses if use.fits(call)), None)
         return use or self.words.get(_word(function))
 
@@ -325,6 +330,14 @@ def _base(name: str) -> str:
     return name if name.startswith("__") else name.rstrip("_")
 
 
+def _op_name(name: str) -> str:
+    """``torchvision.nms`` for ``torch.ops.torchvision.nms``: ops are known by their names, so that
+    the library that brings them need not be there when rules are read."""
+    if name.startswith("aten."):
+        return name
+    return name.removeprefix("torch.ops.") if name.startswith("torch.ops.") else ""
+
+
 def _word(function: Any) -> str:
     """The word that means a function, if words can mean it: one of torch's own or an operator."""
     packet = getattr(function, "overloadpacket", function)
@@ -352,7 +365,7 @@ def _resolve(name: str) -> Any:
     if parts[0] == "operator":
         return getattr(operator, parts[1], None)
     if parts[0] != "torch":
-        return None  # matched by its name, so that the package need not be imported
+        return None  # a module's class is matched by its name, so that no package need be imported
     found: Any = torch
     for i, part in enumerate(parts[1:], 2):
         try:

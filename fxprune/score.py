@@ -57,8 +57,8 @@ def _scores(group: Group, slices: Slices, name: str, criterion: Criterion, join)
         if not isinstance(each, Tensor) or tuple(each.shape) != (len(group),):
             got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__
             raise CriterionError(
-                f"criterion `{name}` gave {got} for group {group.name}, which has {len(group)} channels",
-                hint=f"return one score a channel, a tensor of shape ({len(group)},), or a list of those",
+                f"criterion `{name}` gave {got} for group {group.name} of {len(group)} channels",
+                hint=f"return one score a channel: shape ({len(group)},), or a list of those",
             )
     joined = join(torch.stack([each.double().cpu() for each in per_layer])).numpy()
     if not np.isfinite(joined).all():

@@ -44,7 +44,7 @@ class Options:
 
 @dataclass
 class Selection:
-    """``kept``: channel number -> whether it stays. ``reasons``: group -> why it gave less than asked."""
+    """``kept``: channel number -> whether it stays. ``reasons``: group -> why it gave less."""
 
     kept: np.ndarray
     reasons: dict[int, str]
@@ -101,7 +101,7 @@ def _wanted(groups: Groups, scores, asked: Mapping[int, float], options: Options
 
 
 def _count(share: float) -> int:
-    return int(math.floor(share + 1e-9))
+    return math.floor(share + 1e-9)
 
 
 def _cumulative(scores: np.ndarray, rate: float) -> int:

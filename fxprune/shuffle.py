@@ -47,7 +47,7 @@ def in_order(ids: Tensor, origin: Tensor) -> bool:
 
 
 def find_gather(node: fx.Node, values: dict[fx.Node, Any], rerun: Rerun) -> Gather | None:
-    """The gather that equals the chain of single-reader movements ending in `node`, if there is one."""
+    """The gather that equals the chain of single-reader movements ending in `node`, if any."""
     chain = [node]
     source = node.args[0]
     while isinstance(source, fx.Node) and isinstance(values.get(source), Value):

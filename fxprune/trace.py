@@ -34,9 +34,15 @@ from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
 _OWN = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _DUNDERS = {
-    "__getitem__": operator.getitem, "__setitem__": operator.setitem, "add": operator.add, "sub": operator.sub,
-    "mul": operator.mul, "div": operator.truediv, "matmul": operator.matmul, "neg": operator.neg,
-}  # fmt: skip
+    "__getitem__": operator.getitem,
+    "__setitem__": operator.setitem,
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "matmul": operator.matmul,
+    "neg": operator.neg,
+}
 _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension"}
 
 
@@ -150,7 +156,7 @@ class _Tracer(TorchFunctionMode):
         except TypeError as error:
             raise InputError(
                 f"the example inputs do not fit {type(self.original).__name__}.forward: {error}",
-                hint="pass example_inputs=(x,) as forward takes them, or a dict of keyword arguments",
+                hint="pass example_inputs=(x,) as forward takes them, or a dict of keywords",
             ) from None
         for name, value in bound.arguments.items():
             kind = bound.signature.parameters[name].kind
@@ -179,21 +185,22 @@ class _Tracer(TorchFunctionMode):
         details = [("at", f"{where.filename}:{where.lineno}, in {where.function}: {line}")]
         last = next(iter(reversed(self.graph.nodes)), None)
         details.append(("after", f"%{last.name} = {last.target}" if last is not None else ""))
+        name = type(self.original).__name__
         message = str(error).strip().split("\n")[0]
         value_dependent = any(
             word in message for word in ("meta tensor", "Meta tensor", "data-dependent", "nonzero")
         )
         if value_dependent:
             return TraceError(
-                f"{type(self.original).__name__}.forward depends on the values in a tensor: {message}",
+                f"{name}.forward depends on the values in a tensor: {message}",
                 details=details,
-                hint="a graph has one path for all inputs; move the value-dependent part out of forward, "
-                "or prune the part of the model before it",
+                hint="a graph has one path for all inputs; move the value-dependent part out of "
+                "forward, or prune the part of the model before it",
             )
         return InputError(
-            f"{type(self.original).__name__}.forward fails on the example inputs: {type(error).__name__}: {message}",
+            f"{name}.forward fails on the example inputs: {type(error).__name__}: {message}",
             details=details,
-            hint="check that the model runs on inputs of these shapes; pass others with example_inputs=",
+            hint="check that the model runs on such inputs; pass others with example_inputs=",
         )
 
     def placeholder(self, name: str, value: Any) -> Any:
@@ -205,9 +212,8 @@ class _Tracer(TorchFunctionMode):
         return self.opened(node, self._as_meta(value))
 
     def _as_meta(self, value: Any) -> Any:
-        def convert(t):
-            return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") if isinstance(
-                t, torch.Tensor) else t  # fmt: skip
+        def convert(t: Any) -> Any:
+            return to_meta(t, {}).detach() if isinstance(t, torch.Tensor) else t
 
         with torch._C.DisableTorchFunction():
             return pytree.tree_map(convert, value)
@@ -372,7 +378,7 @@ class _Tracer(TorchFunctionMode):
                 raise TraceError(
                     "a tensor came from code that the tracer cannot see",
                     details=[("at", describe(_source()))],
-                    hint="scripted functions and custom C++ calls on tensors have no graph; use their Python form",
+                    hint="scripted functions and C++ calls have no graph; use their Python form",
                 )
             name = f"_tensor_constant{len(self.tensor_constants)}"
             self.tensor_constants[name] = tensor.detach()
@@ -618,12 +624,12 @@ Source = tuple[str, int, str]
 
 def _source() -> Source | None:
     """File, line and function of the nearest frame that is neither torch's nor ours."""
-    frame = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith((_OWN, _TORCH)) and name[0] != "<":
             return name, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

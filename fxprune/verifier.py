@@ -43,10 +43,9 @@ class Verification:
     def __str__(self) -> str:
         if self.difference is None:
             return "shapes proven; numbers not compared"
-        return (
-            f"shapes proven; {self.elements} outputs on {self.input} ({self.dtype}) differ from the {self.reference} "
-            f"by at most {self.difference:.1e} of the largest"
-        )
+        what = f"{self.elements} outputs on {self.input} ({self.dtype})"
+        worst = f"at most {self.difference:.1e} of the largest"
+        return f"shapes proven; {what} differ from the {self.reference} by {worst}"
 
 
 def verify_shapes(flow: Flow, pruned: fx.GraphModule, inputs: Inputs) -> None:
@@ -84,7 +83,7 @@ class _Shapes(fx.Interpreter):
             raise VerificationError(
                 f"the pruned graph does not run at %{n.name}: {str(error).splitlines()[0]}",
                 details=[("node", n.format_node() or "")],
-                hint="this is a defect of fxprune, or of a rule it read; please report it with the dump",
+                hint="this is a defect of fxprune, or of a rule; please report it with the dump",
             ) from error
         n.meta["val"] = found
         return found
@@ -103,7 +102,7 @@ def verify_numbers(
     widths: Widths,
     inputs: Inputs,
 ) -> Verification:
-    """Compare the pruned network with its reference on `inputs`; `VerificationError` if they differ."""
+    """Compare the pruned network with its reference; `VerificationError` if they differ."""
     errors: list[Exception] = []
     for dtype in (torch.float64, None):
         try:
@@ -139,8 +138,8 @@ def _compare(flow, pruned, kept, widths, inputs: Inputs, dtype: torch.dtype | No
     )
     if not worst <= _LIMITS.get(own, 5e-2):
         raise VerificationError(
-            f"the pruned network differs from the {result.reference} by {worst:.2e} of the largest output",
-            hint="this is a defect of fxprune or of a rule; `fxprune.analyze(model)` and a dump show where",
+            f"the pruned network differs from the {result.reference} by {worst:.2e} of its largest",
+            hint="this is a defect of fxprune or of a rule; a dump (dump=) shows every step",
         )
     return result
 
@@ -154,7 +153,7 @@ def _run_itself(flow: Flow, pruned: fx.GraphModule, inputs: Inputs, device: torc
         pruned(*_arguments(flow, random_like(inputs, dtype=dtype, device=device)))
     except Exception as error:
         raise VerificationError(
-            f"the pruned network does not run: {type(error).__name__}: {str(error).splitlines()[0]}",
+            f"the pruned network does not run: {type(error).__name__}: {error}",
             hint="this is a defect of fxprune; please report it with the dump",
         ) from error
     finally:

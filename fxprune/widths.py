@@ -59,8 +59,9 @@ class Widths:
 
     def _grid(self, node: fx.Node, mask: Tensor) -> list[int]:
         mask = mask.squeeze()
-        sizes = [int(mask.any(dim=_others(mask.ndim, d)).sum()) if mask.ndim > 1 else int(mask.sum())
-                 for d in range(mask.ndim)]  # fmt: skip
+        if mask.ndim == 1:
+            return [int(mask.sum())]
+        sizes = [int(mask.any(dim=_others(mask.ndim, d)).sum()) for d in range(mask.ndim)]
         if mask.ndim > 1:
             counts = mask.reshape(-1, mask.shape[-1]).sum(-1)
             counts = counts[counts > 0]

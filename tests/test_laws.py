@@ -236,10 +236,8 @@ def composed(net: nn.Module, inputs: tuple, a: fxprune.Plan, b: fxprune.Plan) ->
         keep = kept_elements(name, tensors[name], a)
         keep[keep.clone()] = kept_elements(name, _sliced(tensors[name], keep, a.kept.get(name, {})), b).reshape(-1)
         kept[name] = {slot.dim: _indices(keep, slot) for slot in slots[name]}
-    full = {name: list(range(n)) for name, t in tensors.items() for n in t.shape[:1]}
     kept = {n: {d: r for d, r in dims.items() if _drops(r, tensors[n].shape[d])} for n, dims in kept.items()}
-    assert full
-    return replace_kept(a, {name: dims for name, dims in kept.items() if dims})
+    return a.model_copy(update={"kept": {name: dims for name, dims in kept.items() if dims}})
 
 
 def _sliced(tensor: Tensor, keep: Tensor, kept: Mapping[int, list]) -> Tensor:
@@ -266,10 +264,6 @@ def _indices(keep: Tensor, slot) -> list:
 def _drops(rows: list, size: int) -> bool:
     lists = rows if _nested(rows) else [rows]
     return any(len(one) < size for one in lists)
-
-
-def replace_kept(plan: fxprune.Plan, kept: dict) -> fxprune.Plan:
-    return plan.model_copy(update={"kept": kept})
 
 
 def assert_same(a: nn.Module, b: nn.Module, inputs: tuple) -> None:
@@ -336,10 +330,10 @@ def check_trains(net: nn.Module, inputs: tuple) -> None:
     assert all(m.training for m in net.modules())
     leaves = [t for t in pytree.tree_leaves(net(*inputs)) if isinstance(t, Tensor)]
     sum(t.square().mean() for t in leaves).backward()
-    grads = [p for p in net.parameters() if p.grad is not None and bool(p.grad.abs().sum() > 0)]
+    grads = [p for p in net.parameters() if p.grad is not None and bool(p.grad.abs().max() > 1e-8)]
     assert grads and all(torch.isfinite(p.grad).all() for p in grads)
     before = [p.detach().clone() for p in grads]
-    torch.optim.SGD(net.parameters(), lr=1e-3).step()
+    torch.optim.SGD(net.parameters(), lr=0.1).step()
     assert all(not torch.equal(p, old) for p, old in zip(grads, before, strict=True))
 
 

@@ -28,8 +28,8 @@ def linf(group: Slices) -> Scores:
 
 @criterion("bn_gamma")
 def bn_gamma(group: Slices) -> Scores:
-    """|gamma| of the normalisation that follows (Liu et al. 2017, Network Slimming); L1 norms of the
-    filters where nothing normalises them."""
+    """|gamma| of the normalisation that follows (Liu et al. 2017, Network Slimming); L1 norms of
+    the filters where nothing normalises them."""
     return group.scales or l1(group)
 
 
