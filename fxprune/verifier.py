@@ -2,21 +2,24 @@
 
 Shapes are proven by running the new graph on the meta device. Numbers are compared on one input, in
 float64: the pruned network against the original with every dropped element of every parameter set
-to zero. Where a normalisation takes statistics over channels that went, the reference normalises
-over the kept ones.
+to zero. Parameters that are constant (a zero-initialised layer) get the same noise in both. Where a
+normalisation takes statistics over channels that went, the reference normalises over the kept ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from .check import tensors_of
 from .errors import VerificationError
 from .flow import Flow
 from .ids import Value
@@ -24,7 +27,7 @@ from .inputs import Inputs, random_like
 from .plans import Kept
 from .rules import current
 from .trace import OnMeta, unchanged_shape
-from .widths import Widths
+from .widths import Widths, gather
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
 
@@ -119,11 +122,13 @@ def verify_numbers(
 def _compare(flow, pruned, kept, widths, inputs: Inputs, dtype: torch.dtype | None) -> Verification:
     device = next((t.device for t in flow.graph.parameters()), torch.device("cpu"))
     real = random_like(inputs, dtype=dtype, device=device)
-    reference = _Masked(flow, pruned, kept, widths, dtype)
+    full, narrow = _jitters(flow, kept)
+    cast = _Cast(pruned, dtype, narrow)
+    reference = _Masked(flow, cast, kept, widths, full)
     with torch.no_grad():
         _run_itself(flow, pruned, inputs, device)
         expected = _tensors(reference.run(*_arguments(flow, real)))
-        got = _tensors(_Cast(pruned, dtype).run(*_arguments(flow, real)))
+        got = _tensors(cast.run(*_arguments(flow, real)))
     own = dtype or next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
     worst = max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
     elements = sum(t.numel() for t in expected)
@@ -184,17 +189,55 @@ def _difference(expected: Tensor, got: Tensor) -> float:
     return gap / scale if scale > 0 else gap
 
 
+Jitter = Callable[[str], "Tensor | None"]
+
+
+def _jitters(flow: Flow, kept: Mapping[str, dict[int, Kept]]) -> tuple[Jitter, Jitter]:
+    """Noise for parameters that are constant, in the original's and in the pruned shape.
+
+    Behind a layer that starts as all zeros nothing could be told apart; both networks get the same
+    noise there, so that the comparison depends on every layer.
+    """
+    aliases: dict[str, str] = flow.graph.meta.get("fxprune_aliases", {})
+    tensors = tensors_of(flow.graph)
+
+    @cache
+    def full(name: str) -> Tensor | None:
+        name = aliases.get(name, name)
+        value = tensors.get(name)
+        if value is None or not value.is_floating_point() or not _constant(value):
+            return None
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        size = max(abs(float(value.flatten()[0])), 0.2)
+        return (torch.rand(value.shape, generator=generator, dtype=torch.float64) - 0.5) * size
+
+    def narrow(name: str) -> Tensor | None:
+        noise = full(name)
+        return None if noise is None else gather(noise, kept.get(aliases.get(name, name), {}))
+
+    return full, narrow
+
+
+def _constant(value: Tensor) -> bool:
+    flat = value.detach().flatten()
+    if flat.numel() < 2 or not bool((flat[:64] == flat[0]).all()):
+        return False
+    return bool((flat == flat[0]).all())
+
+
 class _Cast(fx.Interpreter):
     """Runs a graph in eval mode with every parameter cast to one dtype on the way, none changed."""
 
-    def __init__(self, module: fx.GraphModule, dtype: torch.dtype | None):
+    def __init__(self, module: fx.GraphModule, dtype: torch.dtype | None, jitter: Jitter):
         super().__init__(module, garbage_collect_values=True)
-        self.dtype = dtype
+        self.dtype, self.jitter = dtype, jitter
 
     def tensor(self, name: str, value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value.clone() if isinstance(value, Tensor) else value
-        return value.detach().to(self.dtype or value.dtype, copy=True)
+        found = value.detach().to(self.dtype or value.dtype, copy=True)
+        noise = self.jitter(name)
+        return found if noise is None else found + noise.to(found)
 
     def fetch_attr(self, target: str) -> Any:
         return False if target == "training" else self.tensor(target, super().fetch_attr(target))
@@ -214,12 +257,19 @@ class _Cast(fx.Interpreter):
 class _Masked(_Cast):
     """The original with dropped elements of its parameters zeroed."""
 
-    def __init__(self, flow: Flow, pruned: fx.GraphModule, kept, widths: Widths, dtype):
-        super().__init__(flow.graph, dtype)
+    def __init__(
+        self,
+        flow: Flow,
+        pruned: _Cast,
+        kept: Mapping[str, dict[int, Kept]],
+        widths: Widths,
+        jitter: Jitter,
+    ):
+        super().__init__(flow.graph, pruned.dtype, jitter)
         self.flow, self.kept, self.widths = flow, kept, widths
         self.aliases: dict[str, str] = flow.graph.meta.get("fxprune_aliases", {})
         self.narrow = {n.name: n for n in pruned.graph.nodes}
-        self.pruned = _Cast(pruned, dtype)
+        self.pruned = pruned
 
     def tensor(self, name: str, value: Any) -> Any:
         found = super().tensor(name, value)
@@ -342,4 +392,3 @@ def _opened(value: Any) -> Any:
     return value
 
 
-__all__ = ["Verification", "mask", "nn", "verify_numbers", "verify_shapes"]

@@ -155,5 +155,5 @@ def gather(tensor: Tensor, kept: dict[int, Kept]) -> Tensor:
             **shared,
             **{dim: rows[b] for dim, rows in own.items()},
         }
-        parts.append(gather(tensor, part))  # type: ignore[arg-type]
+        parts.append(gather(tensor, part))
     return torch.cat(parts)
