@@ -75,11 +75,15 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `ModelError` for the first parameter that holds NaN or infinity."""
+    """Raise `ModelError` for the first parameter that holds NaN or infinity, or nothing at all."""
     for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ModelError(
+                f"`{name}` is on the meta device: it has no values to score",
+                hint="load the weights first; fxprune.analyze works without values",
+            )
         if (
             not tensor.is_floating_point()
-            or tensor.is_meta
             or bool(tensor.detach().sum().isfinite())
         ):
             continue  # a finite sum has finite terms

@@ -374,11 +374,15 @@ class _Run:
                 else:
                     owners[k].add(i)
                     merged[k] = self._tied_pair(node, merged[k], layer)
-        for layer, mine in zip(merged, owners, strict=True):
-            for i, dims in enumerate(real):
-                if i not in mine and dims & set(layer.varying):
-                    self._meets_plain(node, layer, dims & set(layer.varying))
-        return merged
+        plain = [
+            set().union(*(dims for i, dims in enumerate(real) if i not in mine)) & set(la.varying)
+            for la, mine in zip(merged, owners, strict=True)
+        ]
+        return [
+            layer
+            for layer, dims in zip(merged, plain, strict=True)
+            if not dims or self._passes_plain(node, layer, dims)
+        ]
 
     def _tied_pair(self, node: fx.Node, a: Layer, b: Layer) -> Layer:
         narrow, wide = sorted((a, b), key=lambda layer: len(layer.varying))
@@ -388,12 +392,13 @@ class _Run:
             self.ids.tie(node, narrow.ids, wide.ids)
         return wide if len(wide.varying) > len(narrow.varying) else a
 
-    def _meets_plain(self, node: fx.Node, layer: Layer, dims: set[int]) -> None:
+    def _passes_plain(self, node: fx.Node, layer: Layer, dims: set[int]) -> bool:
+        """Meet something without channels along `dims`: rows stay, whole layers are frozen there."""
         if _by_rows(dims, layer):
             self._row_tie(node, layer, dims, None)
-        else:
-            reason = f"meets a constant or an input at %{node.name}"
-            self.ids.freeze(node, layer.ids, reason)
+            return True
+        self.ids.freeze(node, layer.ids, f"meets a constant or an input at %{node.name}")
+        return False
 
     def _row_tie(self, node: fx.Node, wide: Layer, dims: set[int], narrow: Layer | None) -> None:
         """What meets whole rows of channels: see `RowTie`."""

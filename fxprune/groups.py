@@ -143,17 +143,21 @@ def _frozen(flow: Flow, label: np.ndarray, extra: list[Freeze]) -> dict[int, Fre
 
 
 def _freeze_unmade(label: np.ndarray, slots: list[Slot], reasons: dict[int, Freeze]) -> None:
-    """Channels that no parameter makes (only reads) stay."""
+    """Channels that no parameter makes stay, and those of tables that no layer reads."""
     made = np.zeros(label.max() + 1, bool)
-    made[list(reasons)] = True
-    for slot in slots:
-        if slot.role in ("out", "free"):
-            made[label[slot.ids.reshape(-1).numpy()]] = True
+    used = made.copy()
     for slot in slots:
         classes = label[slot.ids.reshape(-1).numpy()]
-        why = Freeze(slot.node, slot.ids, "is made by no parameter")
-        for each in classes[~made[classes]].tolist():
-            reasons.setdefault(each, why)
+        made[classes] |= slot.role in ("out", "free")
+        used[classes] |= slot.role != "free"
+    for fine, why in ((made, "is made by no parameter"), (used, "is read by no layer")):
+        known = fine.copy()
+        known[list(reasons)] = True
+        for slot in slots:
+            classes = label[slot.ids.reshape(-1).numpy()]
+            freeze = Freeze(slot.node, slot.ids, why)
+            for each in classes[~known[classes]].tolist():
+                reasons.setdefault(each, freeze)
 
 
 def _grouped(slots: list[Slot], label: np.ndarray, reasons: dict[int, Freeze]) -> list[Group]:

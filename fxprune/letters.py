@@ -233,13 +233,20 @@ def _tied(call: _Call, operands: dict[int, list[Named]]) -> list[Named]:
             wide = max(merged[k], named, key=lambda n: len(n.letters))
             zero = merged[k].zero or named.zero
             merged[k] = Named(wide.letters, wide.ids, zero, wide.origin)
-    for named, mine in zip(merged, owners, strict=True):
-        for j in operands:
-            if j not in mine and call.values[j] is not None and _meets(call, named, j):
-                name = call.rule.operands[j] if j < len(call.rule.operands) else "an operand"
-                reason = f"meets `{name}`, which has no channels for it"
-                call.ids.freeze(call.node, named.ids, reason)
-    return merged
+    return [
+        named
+        for named, mine in zip(merged, owners, strict=True)
+        if not any(_stopped(call, named, j) for j in operands if j not in mine)
+    ]
+
+
+def _stopped(call: _Call, named: Named, j: int) -> bool:
+    """Freeze ids that meet operand `j`, which has no channels for them."""
+    if call.values[j] is None or not _meets(call, named, j):
+        return False
+    name = call.rule.operands[j] if j < len(call.rule.operands) else "an operand"
+    call.ids.freeze(call.node, named.ids, f"meets `{name}`, which has no channels for it")
+    return True
 
 
 def _meets(call: _Call, named: Named, j: int) -> bool:

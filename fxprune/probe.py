@@ -1,13 +1,14 @@
 """Probing rules: each is compared with what its ops do when they are run.
 
-A sample is called with channel ids on every operand, as flow would meet it. What flow then says is
-checked by running the op in float64: changing a slice may change only what carries its channel, and
-must change something there; slices that are tied must meet; dropping channels must give what is left
-of the masked result; what is said to stay zero must be zero. `probe_all` does so for all rules.
+A sample is called with channel ids on every operand, as flow would meet it. What flow then says
+is checked by running the op in float64: changing a slice may change only what carries its channel,
+and must change something there; slices that are tied must meet; dropping channels must give what
+is left of the masked result; what is said to stay zero must be zero. `probe_all` probes all rules.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import warnings
@@ -36,6 +37,12 @@ from .widths import RewriteError, Widths, gather
 
 _SPACES = ("torch", "torch.nn.functional", "Tensor", "aten", "operator", "torch._C._nn")
 _OPTIONAL = ("torchvision", "timm")
+_RANGES = {
+    "positive": (0.5, 1.5),
+    "unit": (-0.9, 0.9),
+    "share": (0.1, 0.9),
+    "above_one": (1.1, 2.0),
+}
 Shape = tuple[int, ...]
 
 
@@ -87,9 +94,8 @@ class _Hole:
 def _shape(spec: Any) -> Shape | None:
     """The shape a sample's argument asks a tensor of; None if it asks for something else."""
     if isinstance(spec, dict):
-        spec = next(
-            (spec[k] for k in ("positive", "unit", "bool", "shape", "low") if k in spec), None
-        )
+        keys = (*_RANGES, "bool", "places", "shape")
+        spec = next((spec[key] for key in keys if key in spec), None)
     numbers = isinstance(spec, list) and all(isinstance(n, int) for n in spec)
     return tuple(spec) if numbers else None
 
@@ -103,10 +109,14 @@ def _values(spec: Any, generator: torch.Generator) -> Tensor:
             return torch.randint(0, spec["index"], shape, generator=generator)
         if "bool" in spec:
             return torch.rand(shape, generator=generator) > 0.5
-        if "positive" in spec:
-            return torch.rand(shape, generator=generator, dtype=torch.float64) + 0.5
-        scale = 0.9 if "unit" in spec else 1e-2
-        return (torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1) * scale
+        if "places" in spec:  # of maxima in a picture, each taken once
+            count, size = math.prod(shape[:2]), math.prod(shape[2:])
+            planes = [torch.randperm(size, generator=generator) for _ in range(count)]
+            return torch.stack(planes).view(shape)
+        for key, (low, high) in _RANGES.items():
+            if key in spec:
+                share = torch.rand(shape, generator=generator, dtype=torch.float64)
+                return share * (high - low) + low
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
@@ -116,7 +126,8 @@ def _read(spec: Any, holes: list[_Hole]) -> Any:
         if "plain" in spec or "text" in spec:
             return spec.get("plain", spec.get("text"))
         if "tensor" in spec:
-            return torch.tensor(spec["tensor"])
+            made = torch.tensor(spec["tensor"])
+            return made.double() if made.is_floating_point() else made
         if "at" in spec:
             return _index(str(spec["at"]), holes)
         if "list" in spec:
@@ -155,6 +166,7 @@ class _Call:
     options: dict[str, Any]
     holes: list[_Hole]
     module: nn.Module | None = None
+    defined: bool = True
 
     @property
     def title(self) -> str:
@@ -166,9 +178,16 @@ class _Call:
         generator = torch.Generator().manual_seed(seed)
         return [_values(hole.spec, generator) for hole in self.holes]
 
+    def filled(self, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """The arguments with tensors in their places."""
+
+        def fill(arg: Any) -> Any:
+            return tensors[arg.index] if _is_hole(arg) else arg
+
+        return _map(self.args, fill), _map(self.options, fill)
+
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        fill = lambda a: tensors[a.index] if _is_hole(a) else a  # noqa: E731
-        args, options = _map(self.args, fill), _map(self.options, fill)
+        args, options = self.filled(tensors)
         if self.module is not None:
             return self.module(*args, **options)
         if self.name.startswith("Tensor."):
@@ -194,6 +213,8 @@ def resolve(name: str) -> Any:
     """The object a rule's name means; None if this installation has none."""
     if name.startswith("Tensor."):
         return getattr(torch.Tensor, name.removeprefix("Tensor."), None)
+    if name.startswith(("aten.", "torch.ops.")):
+        return _op(*name.removeprefix("torch.ops.").split(".")[:2])
     if name.split(".")[0] in _OPTIONAL:
         module, _, field_name = name.rpartition(".")
         try:
@@ -201,6 +222,15 @@ def resolve(name: str) -> Any:
         except ImportError:
             return None
     return rule_files._resolve(name)
+
+
+def _op(library: str, name: str) -> Any:
+    """An op of a library of ops, which its Python package brings."""
+    if library in _OPTIONAL:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+    found = getattr(getattr(torch.ops, library), name, None)
+    return found if isinstance(found, torch._ops.OpOverloadPacket) else None
 
 
 def _made(name: str, sample: Sample) -> _Call:
@@ -219,7 +249,7 @@ def _made(name: str, sample: Sample) -> _Call:
         module = target(**init) if isinstance(init, dict) else target(*init)
         module = module.double().eval()
         _randomize(module)
-    return _Call(name, target, args, options, holes, module)
+    return _Call(name, target, args, options, holes, module, sample.values)
 
 
 def _seed(number: int) -> None:
@@ -276,7 +306,7 @@ class _Seeded(_Run):
         layers = []
         for d, size in enumerate(shape):
             if size > 1 and zero is not None:
-                self.ids.slot(name, d, self.ids.fresh(size), "free", node)
+                self.ids.slot(name, d, self.ids.fresh(size), "out", node)
                 dims = [1] * len(shape)
                 dims[d] = size
                 layers.append(Layer(self.ids.slots[name][-1].ids.view(dims), zero))
@@ -301,12 +331,10 @@ class _Trial:
     def groups(self) -> Groups:
         return groups(self.flow)
 
-    @cached_property
-    def node(self) -> fx.Node | None:
-        """The node of the probed op."""
-        calls = [n for n in self.flow.graph.graph.nodes if n.op.startswith("call_")]
-        tensors = [n for n in calls if n in self.flow.rules or n in self.flow.unknown]
-        return tensors[0] if tensors else None
+    @property
+    def source(self) -> fx.Node:
+        """The first node, where one is asked for."""
+        return next(iter(self.flow.graph.graph.nodes))
 
     def run(self, tensors: dict[str, Tensor], seed: int = 0) -> list[Tensor]:
         """The original's outputs for these inputs and parameters."""
@@ -369,9 +397,10 @@ class _Prober:
     rule: Rule
     rules: Rules
     findings: list[Finding] = field(default_factory=list)
-    seen_mixing: set[str] = field(default_factory=set)
+    mixing_seen: bool = False
     results: dict[str, list[list[Tensor]]] = field(default_factory=dict)
     probed: int = 0
+    values: bool = True
     call: _Call | None = None
 
     def report(self, message: str, sample: str | None = None) -> None:
@@ -389,9 +418,8 @@ class _Prober:
                 self.guarded(self.known_result, call)
         self.other_spellings(covered)
         self.call = None
-        if self.probed and not self.findings:
-            for letter in {m.lstrip("*") for m in self.rule.mixes} - self.seen_mixing:
-                self.report(f"is said to mix along `{letter}`, but no sample shows it")
+        if self.probed and not self.findings and self.rule.mixes and not self.mixing_seen:
+            self.report(f"is said to mix along `{' '.join(self.rule.mixes)}`, but no sample does")
 
     def built(self, sample: Sample) -> _Call | None:
         try:
@@ -430,7 +458,7 @@ class _Prober:
             target = resolve(name)
             if name in covered or target is None or not self.is_mine(name, target):
                 continue
-            if not self.spelled(name):
+            if not self.spelled(name) and not _needs_device(target):
                 missed.append(name)
         if missed:
             shown = ", ".join(f"`{name}`" for name in missed)
@@ -464,6 +492,10 @@ class _Prober:
         """The sample as a call of `name`, if that runs."""
         try:
             call = _made(name, self.rearranged(name, sample))
+            given, named = call.filled(call.values(0))
+            use = self.lookup(name, call.target, (tuple(given), named))
+            if call.module is None and (use is None or use.rule.name != self.rule.name):
+                return None
             _seed(0)
             found = call(call.values(0))
         except Exception:
@@ -498,6 +530,7 @@ class _Prober:
     def deep(self, call: _Call) -> None:
         """Probe a call in all roles its operands can have."""
         self.call = call
+        self.values = call.defined
         self.probed += 1
         before = len(self.findings)
         if call.module is not None:
@@ -532,6 +565,8 @@ class _Prober:
         count = len(call.holes)
         floats = [i for i in range(count) if not _is_discrete(call.holes[i].spec)]
         yield [], [True] * count
+        if self.rule.additive and self.rule.kind == "dims":
+            return  # such rules speak of weights, which masking makes zero
         yield [], [False] * count
         inplace = call.name.endswith("_") or self.rule.kind == "assign"
         if count > 1:
@@ -557,7 +592,7 @@ class _Prober:
                 self.check_movement(trial)
         self.check_drops(trial, outputs)
         if all(zeros) and self.rule.mixes:
-            self.check_drops(_trial(call, self.rules, params, zeros, "all"), outputs, values=False)
+            self.check_drops(_trial(call, self.rules, params, zeros, "all"), outputs, mixed=True)
 
     def random(self, trial: _Trial) -> bool:
         first, again = trial.run(trial.tensors), trial.run(trial.tensors, seed=1)
@@ -576,6 +611,8 @@ class _Prober:
 
     def shapes_fit(self, trial: _Trial, outputs: list[Tensor]) -> bool:
         for value, found in zip(trial.outputs, outputs, strict=True):
+            if self.is_side(value, outputs):
+                continue
             if value.shape != tuple(found.shape):
                 self.report(f"gives {list(found.shape)}, the rule says {list(value.shape)}")
                 return False
@@ -591,10 +628,16 @@ class _Prober:
                     return False
         return True
 
+    def is_side(self, value: Value, outputs: list[Tensor]) -> bool:
+        """Whether a letters rule says nothing of an output: saved statistics, of other rank."""
+        return self.rule.kind == "dims" and len(value.shape) != outputs[0].ndim
+
     # -- checks ----------------------------------------------------------------------------------
 
     def check_dependence(self, trial: _Trial, outputs: list[Tensor]) -> None:
         """Changing a slice changes what carries its channel, and nothing else."""
+        if self.rule.additive:
+            return  # what changes in one place changes the length, but zeros do not
         channel = trial.groups.channel
         dead = _unread(trial, outputs)
         for name, slot in trial.slots():
@@ -602,7 +645,10 @@ class _Prober:
             for k, one in enumerate(channel[ids.numpy()].tolist()):
                 if one == 0 or name in dead:
                     continue
-                marked = [_carriers(value, channel, one) for value in trial.outputs]
+                marked = [
+                    _carriers(value, channel, one, self.is_side(value, outputs))
+                    for value in trial.outputs
+                ]
                 if not any(bool(m.any()) for m in marked):
                     self.check_meeting(trial, one, outputs)
                     continue
@@ -610,11 +656,9 @@ class _Prober:
                 shown = f"{name}[{', '.join([':'] * slot.dim + [str(k)])}]"
                 if any(bool((c & ~m).any()) for c, m in zip(changed, marked, strict=True)):
                     return self.report(f"changing {shown} changes output of other channels too")
-                if not any(bool((c & m).any()) for c, m in zip(changed, marked, strict=True)):
-                    if name in trial.zeros:
-                        return self.report(
-                            f"changing {shown} leaves the output tied to it as it is"
-                        )
+                seen = any(bool((c & m).any()) for c, m in zip(changed, marked, strict=True))
+                if not seen and name in trial.zeros:
+                    return self.report(f"changing {shown} leaves the output tied to it as it is")
 
     def check_meeting(self, trial: _Trial, one: int, outputs: list[Tensor]) -> None:
         """Slices tied to each other, but to no output, must meet in some product."""
@@ -631,17 +675,16 @@ class _Prober:
             )
             if met is None:
                 (a, slot_a, i), (b, slot_b, j) = reached[0], rest[0]
-                return self.report(
-                    f"{a} dim {slot_a.dim} at {i} and {b} dim {slot_b.dim} at {j} are tied, but never meet"
-                )
+                pair = f"{a} dim {slot_a.dim} at {i} and {b} dim {slot_b.dim} at {j}"
+                return self.report(f"{pair} are tied, but never meet")
             reached.append(met)
             rest.remove(met)
 
     def check_movement(self, trial: _Trial) -> None:
-        """Ids are where the values are: each layer, laid out in full, goes through the op itself."""
+        """Ids are where the values are: layers, laid out in full, go through the op itself."""
         source = next(iter(trial.zeros))
         slots = trial.flow.ids.slots.get(source, [])
-        for k, slot in enumerate(slots):
+        for slot in slots:
             dims = [1] * trial.tensors[source].ndim
             dims[slot.dim] = -1
             dense = slot.ids.view(dims).expand(trial.tensors[source].shape)
@@ -653,9 +696,9 @@ class _Prober:
                         f"ids along dim {slot.dim} of {source} leave in another order"
                     )
 
-    def check_drops(self, trial: _Trial, outputs: list[Tensor], values: bool = True) -> None:
-        """Dropping channels gives what is left of the masked result."""
-        values = values and not self.random(trial)
+    def check_drops(self, trial: _Trial, outputs: list[Tensor], mixed: bool = False) -> None:
+        """Dropping channels gives what is left of the masked result (its shape, where `mixed`)."""
+        values = self.values and not self.random(trial)
         found = trial.groups
         prunable = [i for i, group in enumerate(found.groups) if group.prunable]
         rng = np.random.default_rng(0)
@@ -664,10 +707,10 @@ class _Prober:
             ignored = {i: "" for i in prunable if i not in chosen}
             kept = select(found, scores, Options(rate=0.5, ignored=ignored)).kept
             ids = torch.from_numpy(kept[found.channel])
-            if not ids.all() and not self.check_drop(trial, ids, outputs, values):
+            if not ids.all() and not self.check_drop(trial, ids, values, mixed):
                 return
 
-    def check_drop(self, trial: _Trial, ids: Tensor, outputs: list[Tensor], values: bool) -> bool:
+    def check_drop(self, trial: _Trial, ids: Tensor, values: bool, mixed: bool) -> bool:
         widths = Widths(trial.flow, ids)
         names = [n for n in trial.flow.ids.slots if n in trial.tensors]
         kept = {name: rows for name in names if (rows := widths.kept_of(name))}
@@ -685,15 +728,19 @@ class _Prober:
             return False
         full = trial.run(trial.masked(widths))
         for value, whole, part in zip(trial.outputs, full, got, strict=True):
+            if self.is_side(value, full):
+                continue
             message = _compared(trial, widths, value, whole, part, values)
-            if message:
+            if message and mixed and tuple(part.shape) == widths.shape(trial.source, value):
+                self.mixing_seen = True
+            elif message:
                 self.report(f"without part of {shown} {message}")
                 return False
         return True
 
     def check_letters(self, call: _Call) -> None:
         """A letter that is in an operand and the output and does not mix keeps its slices apart."""
-        if self.rule.kind not in ("dims", "einsum", "matmul"):
+        if self.rule.kind not in ("dims", "einsum", "matmul") or self.rule.additive:
             return
         trial = _trial(call, self.rules, [], [True] * len(call.holes), "all")
         use = next((u for n, u in trial.flow.uses.items()), None)
@@ -725,7 +772,7 @@ class _Prober:
             allowed = _letter_mask(binding.output, binding.sizes, letter, k, out[0].shape)
             if bool((changed & ~allowed).any()):
                 if base in mixing or letter in mixing:
-                    self.seen_mixing |= {base, letter}
+                    self.mixing_seen = True
                 else:
                     mode = "in training " if trial.caller.training else ""
                     self.report(
@@ -737,7 +784,7 @@ class _Prober:
         """Tensors without channels are the same whatever the operands are; fills are uniform."""
         first = _leaves(call(call.values(0)))
         if self.rule.kind == "fill":
-            for tensor in first:
+            for tensor in first if call.defined else ():
                 if tensor.numel() and not bool((tensor == tensor.reshape(-1)[0]).all()):
                     self.report("is said to fill, but its elements differ")
                 elif self.rule.zero == "keeps" and bool(tensor.any()):
@@ -829,9 +876,9 @@ def _meet(trial: _Trial, outputs: list[Tensor], a, b) -> bool:
     return False
 
 
-def _carriers(value: Value, channel: np.ndarray, one: int) -> Tensor:
-    """The elements of a value that belong to a channel."""
-    found = torch.zeros(value.shape, dtype=torch.bool)
+def _carriers(value: Value, channel: np.ndarray, one: int, unknown: bool) -> Tensor:
+    """The elements of a value that belong to a channel (any may, where nothing is known)."""
+    found = torch.full(value.shape, unknown, dtype=torch.bool)
     for layer in value.layers:
         found |= torch.from_numpy(channel[layer.ids.numpy()] == one)
     return found
@@ -840,8 +887,7 @@ def _carriers(value: Value, channel: np.ndarray, one: int) -> Tensor:
 def _compared(
     trial: _Trial, widths: Widths, value: Value, whole: Tensor, part: Tensor, values: bool
 ) -> str:
-    node = next(iter(trial.flow.graph.graph.nodes))
-    shape = widths.shape(node, value)
+    shape = widths.shape(trial.source, value)
     if tuple(part.shape) != shape:
         return f"it gives {list(part.shape)}, the rule says {list(shape)}"
     if not values:
@@ -878,7 +924,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _is_discrete(spec: Any) -> bool:
-    return isinstance(spec, dict) and bool({"index", "bool"} & spec.keys())
+    return isinstance(spec, dict) and bool({"index", "bool", "places"} & spec.keys())
 
 
 def _first_line(error: Exception) -> str:
@@ -889,8 +935,17 @@ def _last(name: str) -> str:
     return name.rpartition(".")[2].rstrip("_")
 
 
+def _needs_device(target: Any) -> bool:
+    """Whether a method moves a tensor to a device that is not there."""
+    try:
+        target(torch.zeros(1))
+    except Exception as error:
+        return "CUDA" in str(error) or "NVIDIA" in str(error)
+    return False
+
+
 def _missing_package(name: str) -> bool:
-    root = name.split(".")[0]
+    root = name.removeprefix("torch.ops.").split(".")[0]
     if root not in _OPTIONAL:
         return False
     try:
@@ -916,6 +971,10 @@ def _word_spellings(word: str) -> Iterator[str]:
     for space in _SPACES:
         for spelled in dict.fromkeys((word, f"{word}_")):
             found = resolve(f"{space}.{spelled}")
+            if not callable(found) and space != "Tensor":
+                continue  # torch.float is a dtype
+            if spelled.startswith("__") and space not in ("Tensor", "aten"):
+                continue  # every object has an __eq__
             if found is not None and not any(found is other for other in seen):
                 seen.append(found)
                 yield f"{space}.{spelled}"

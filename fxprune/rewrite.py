@@ -20,7 +20,7 @@ from .plans import Kept
 from .pruned import PrunedModule
 from .rules import Use
 from .shuffle import find_gather
-from .trace import sweep
+from .trace import mutates, sweep
 from .widths import RewriteError, Widths, gather
 
 _COMPUTED_SIZES = ("reshape", "move", "fill", "cat", "pad", "assign")
@@ -136,19 +136,31 @@ class _Writer:
         mask = self.widths.along(source, found.dim)
         assert mask is not None
         positions = found.positions[mask[found.positions]]
-        self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node.name)
+        self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node)
 
     def _gather(
-        self, source: fx.Node, dim: int, positions: Tensor, mask: Tensor, name: str
+        self, source: fx.Node, dim: int, positions: Tensor, mask: Tensor, node: fx.Node
     ) -> fx.Node:
+        """The kept positions of `source` in a new order; what `node` gave may have been a view."""
+        if self._changed_in_place(node):
+            fault = f"%{node.name} is changed in place, and would be a copy where channels go"
+            raise RewriteError(node, fault)
         rank = torch.cumsum(mask, 0) - 1
         index = rank[positions]
         if torch.equal(index, torch.arange(int(mask.sum()))):
             return source
+        name = node.name if f"_gather_{node.name}" not in self.constants else f"{node.name}_{dim}"
         constant = f"_gather_{name}"
         self.constants[constant] = index
         at = self.graph.get_attr(constant)
         return self.graph.call_function(torch.index_select, (source, dim, at))
+
+    def _changed_in_place(self, node: fx.Node) -> bool:
+        for user in node.users:
+            inplace = user.op == "call_module" and getattr(self.modules[user.target], "inplace", 0)
+            if (inplace or mutates(user)) and user.args and user.args[0] is node:
+                return True
+        return False
 
     def call(self, node: fx.Node) -> None:
         use = self.flow.rules.get(node)
@@ -260,7 +272,7 @@ class _Writer:
         for dim, positions in call.gathers:
             mask = self.widths.along(source, dim)
             assert mask is not None
-            taken = self._gather(taken, dim, positions, mask, f"{call.node.name}_{dim}")
+            taken = self._gather(taken, dim, positions, mask, call.node)
         return taken
 
     def delivers(self, call: Call, source: Value) -> bool:
@@ -312,7 +324,7 @@ class _Writer:
         if mask is None:
             raise RewriteError(node, f"channels spread over several dims are moved at %{node.name}")
         positions = found.positions[mask[found.positions]]
-        self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node.name)
+        self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node)
 
     def _rerun(self, node: fx.Node, ids: Tensor, shape):
         outputs = [

@@ -31,13 +31,26 @@ _WORD_SPACES = {
 
 
 class Sample(BaseModel):
-    """A call to probe a rule with. ``inputs`` are shapes of random tensors, in the call's order."""
+    """A call to probe a rule with: a class is built with ``init``, then called with ``inputs``.
+
+    An input is the shape of a random tensor, or names what else it is:
+
+    ``{positive: shape}`` and ``unit``, ``share``, ``above_one``   random numbers in a range
+    ``{index: n, shape: shape}``, ``{bool: shape}``   random whole numbers below n, or flags
+    ``{places: shape}``   places of maxima, as pools give them
+    ``{tensor: data}``, ``{plain: value}``, ``{text: word}``, ``{dtype: name}``   fixed values
+    ``{at: ":, 1:3"}``   an index
+    ``{list: inputs}``, ``{tuple: inputs}``   several in one argument
+
+    ``values: false`` says that the op leaves its values undefined.
+    """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
     call: str
     init: list[Any] | dict[str, Any] = Field(default_factory=list)
     inputs: list[Any]
     options: dict[str, Any] = Field(default_factory=dict)
+    values: bool = True
 
 
 class Rule(BaseModel):
@@ -54,7 +67,8 @@ class Rule(BaseModel):
     ``mixes``    letters over which values are mixed; ``norm`` says the mixing is a normalisation
     ``scales``   the operand that holds one scale a channel
     ``adds``     operands that are added: where they are not zero, the result is not
-    ``multiplies``  operands of which one zero makes the result zero (all that do not add, by default)
+    ``multiplies``  operands of which one zero makes the result zero (by default all that do not
+                 add)
     ``ignores``  tensors of which at most shape and dtype are read
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
     ``defaults`` what arguments are that a call of the function leaves out
@@ -132,7 +146,7 @@ class Rule(BaseModel):
             if not _SIGNATURE.fullmatch(text):
                 raise ValueError(f"`{text}` is not a call; write `name(argument, argument)`")
         named = {name.lstrip("*") for text in self.calls for name in _names(text)}
-        for key in (*self.when, *self.defaults):
+        for key in (*self.when, *self.ignores):
             if key not in {*named, *self.operands}:
                 known = nearest(key, named)
                 raise ValueError(
@@ -390,8 +404,7 @@ def _shown(path: Path) -> str:
 
 def _entries(text: str, where: str) -> Iterator[Rule]:
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
+        root, data = _parsed(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -412,6 +425,16 @@ def _entries(text: str, where: str) -> Iterator[Rule]:
             )
         except ValidationError as error:
             raise _broken(error, key.value, where, line, value) from None
+
+
+def _parsed(text: str) -> tuple[Any, Any]:
+    """A file's YAML as nodes, which know their lines, and as data."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    try:
+        root = loader.get_single_node()
+        return root, None if root is None else loader.construct_document(root)
+    finally:
+        loader.dispose()
 
 
 def _broken(error: ValidationError, name: str, where: str, line: int, value) -> RuleError:

@@ -122,7 +122,7 @@ def _global(scores, allowed: Mapping[int, float], options: Options) -> dict[int,
     owner = np.concatenate([np.full(len(scores[i]), i) for i in shared])
     order = np.argsort(flat, kind="stable")
     count = _count(len(flat) * options.rate)
-    if options.rule == "threshold":
+    if options.rule == "threshold" and count > 0:
         cut = flat[order[min(count, len(flat) - 1)]]
         gone = flat <= cut
     else:

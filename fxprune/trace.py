@@ -478,7 +478,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 def _body_of(func: types.FunctionType) -> Callable | None:
     """A functional's body without its dispatch to modes, so that the calls inside are seen."""
-    if func.__module__ not in ("torch.nn.functional", "torch.functional"):
+    if func.__module__ != "torch.nn.functional":
         return None
     never = dict.fromkeys(
         ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never

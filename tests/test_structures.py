@@ -54,7 +54,15 @@ def cat_with_itself(m, x):
     return m.o(m.b(torch.cat([x, x], 1)))
 
 
-@structure(image(), half="a 4, b 4, bn 8, c 3", a=conv(3, 8), b=conv(8, 8), bn=nn.BatchNorm2d(24), c=conv(24, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, b 4, bn 8, c 3",
+    a=conv(3, 8),
+    b=conv(8, 8),
+    bn=nn.BatchNorm2d(24),
+    c=conv(24, 6),
+    o=conv(6, 2),
+)
 def nested_cat_with_copies(m, x):
     x = m.a(x)
     y = torch.cat([x, F.gelu(m.b(x))], 1)
@@ -78,7 +86,15 @@ def one_conv_in_a_loop(m, x):
     return m.o(x)
 
 
-@structure(image(), half="a 4, b 4, c 3, d 3", a=conv(3, 8), b=conv(3, 8), c=conv(8, 6), d=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, b 4, c 3, d 3",
+    a=conv(3, 8),
+    b=conv(3, 8),
+    c=conv(8, 6),
+    d=conv(8, 6),
+    o=conv(6, 2),
+)
 def one_weight_two_convs(m, x):
     return m.o(m.c(m.a(x)) + m.d(m.b(x)))
 
@@ -123,7 +139,9 @@ def split_cat_again(m, x):
     return m.o(m.c(m.b(torch.cat([q], 1)) + m.b(p)))
 
 
-@structure(image(), half="a 20, b 4, c 4", a=conv(3, 40), b=conv(10, 8), c=conv(20, 8), o=conv(8, 2))
+@structure(
+    image(), half="a 20, b 4, c 4", a=conv(3, 40), b=conv(10, 8), c=conv(20, 8), o=conv(8, 2)
+)
 def one_block_for_two_pieces(m, x):
     p, q, r = torch.split(m.a(x), [10, 10, 20], dim=1)
     return m.o(m.b(p) + m.b(q) + m.c(r))
@@ -141,7 +159,9 @@ class C2f(nn.Module):
     def __init__(self, width: int = 4, blocks: int = 2):
         super().__init__()
         self.first, self.last = conv(3, 2 * width, 1), conv((2 + blocks) * width, 6, 1)
-        self.blocks = nn.ModuleList(nn.Sequential(conv(width, width), nn.SiLU(), conv(width, width)) for _ in range(blocks))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(conv(width, width), nn.SiLU(), conv(width, width)) for _ in range(blocks)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         y = list(self.first(x).chunk(2, 1))
@@ -149,12 +169,25 @@ class C2f(nn.Module):
         return self.last(torch.cat(y, 1))
 
 
-@structure(image(), half="f.first 4, f.blocks.0.0 2, f.blocks.0.2 2, f.blocks.1.0 2, f.last 3", f=C2f(), o=conv(6, 2))
+@structure(
+    image(),
+    half="f.first 4, f.blocks.0.0 2, f.blocks.0.2 2, f.blocks.1.0 2, f.last 3",
+    f=C2f(),
+    o=conv(6, 2),
+)
 def growing_list(m, x):
     return m.o(m.f(x))
 
 
-@structure(image(), half="a 4, b 2, c 2, d 3", a=conv(3, 8), b=conv(4, 4), c=conv(4, 4), d=conv(16, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, b 2, c 2, d 3",
+    a=conv(3, 8),
+    b=conv(4, 4),
+    c=conv(4, 4),
+    d=conv(16, 6),
+    o=conv(6, 2),
+)
 def nested_growing_list(m, x):
     """CSP within ELAN: pieces of a chunk, blocks on blocks, a list of all"""
     y = list(m.a(x).chunk(2, 1))
@@ -163,7 +196,15 @@ def nested_growing_list(m, x):
     return m.o(m.d(torch.cat(y, 1)))
 
 
-@structure(image(), half="a 8, b 4, c 2, d 2", a=conv(3, 16), b=conv(16, 8), c=conv(8, 4), d=conv(8, 4), e=conv(16, 2))
+@structure(
+    image(),
+    half="a 8, b 4, c 2, d 2",
+    a=conv(3, 16),
+    b=conv(16, 8),
+    c=conv(8, 4),
+    d=conv(8, 4),
+    e=conv(16, 2),
+)
 def uneven_cat(m, x):
     """branches of 8, 4 and 4 meet a sum with 16"""
     x = m.a(x)
@@ -176,7 +217,16 @@ def cat_with_the_input(m, x):
     return m.o(m.b(torch.cat([m.a(x), x], 1)))
 
 
-@structure(tensor(2, 6), half="a 2, b 4, c 8", a=nn.Linear(6, 3), b=nn.Linear(6, 8), c=nn.Linear(8, 16), d=nn.Linear(16, 1), e=nn.Linear(4, 5), o=nn.Linear(5, 2))
+@structure(
+    tensor(2, 6),
+    half="a 2, b 4, c 8",
+    a=nn.Linear(6, 3),
+    b=nn.Linear(6, 8),
+    c=nn.Linear(8, 16),
+    d=nn.Linear(16, 1),
+    e=nn.Linear(4, 5),
+    o=nn.Linear(5, 2),
+)
 def two_heads_in_one_cat(m, x):
     y = m.d(F.relu(m.c(F.relu(m.b(x)))))
     return m.o(m.e(torch.cat([m.a(x), y], -1)))
@@ -207,7 +257,9 @@ def shuffle_by_hand(m, x):
     return m.o(m.b(shuffled(m.a(x), 2)))
 
 
-@structure(image(), half="a 6, b 4", a=conv(3, 12), s=nn.ChannelShuffle(3), b=conv(12, 8), o=conv(8, 2))
+@structure(
+    image(), half="a 6, b 4", a=conv(3, 12), s=nn.ChannelShuffle(3), b=conv(12, 8), o=conv(8, 2)
+)
 def shuffle_module(m, x):
     return m.o(m.b(m.s(m.a(x))))
 
@@ -220,19 +272,43 @@ def shuffle_reshape(m, x):
     return m.o(m.b(x))
 
 
-@structure(image(), half="a 6, b 6, d 6, c 4", a=conv(3, 12), b=conv(12, 12, groups=3), d=conv(12, 12, groups=12), c=conv(12, 8, groups=2), o=conv(8, 2))
+@structure(
+    image(),
+    half="a 6, b 6, d 6, c 4",
+    a=conv(3, 12),
+    b=conv(12, 12, groups=3),
+    d=conv(12, 12, groups=12),
+    c=conv(12, 8, groups=2),
+    o=conv(8, 2),
+)
 def shuffle_between_grouped(m, x):
     x = m.d(shuffled(m.b(m.a(x)), 3))
     return m.o(m.c(x))
 
 
-@structure(image(), half="a 6, b 12, c 4", frozen="keeps equal counts", a=conv(3, 12), b=conv(12, 12, groups=3), c=conv(12, 8, groups=4), o=conv(8, 2))
+@structure(
+    image(),
+    half="a 6, b 12, c 4",
+    frozen="keeps equal counts",
+    a=conv(3, 12),
+    b=conv(12, 12, groups=3),
+    c=conv(12, 8, groups=4),
+    o=conv(8, 2),
+)
 def no_even_choice(m, x):
     """equal counts in 3 blocks of 4 and in 4 blocks of 3: all twelve or none"""
     return m.o(m.c(shuffled(m.b(m.a(x)), 3)))
 
 
-@structure(image(), half="a 8, b 4, d 4, c 4", a=conv(3, 16), b=conv(8, 8, 1), d=conv(8, 8, groups=8), c=conv(8, 8, 1), o=conv(16, 2))
+@structure(
+    image(),
+    half="a 8, b 4, d 4, c 4",
+    a=conv(3, 16),
+    b=conv(8, 8, 1),
+    d=conv(8, 8, groups=8),
+    c=conv(8, 8, 1),
+    o=conv(16, 2),
+)
 def shuffle_unit(m, x):
     """ShuffleNet V2, stride 1: one half passes, the other works, both are shuffled; three times"""
     x = m.a(x)
@@ -261,12 +337,26 @@ def rolled_rows(m, x):
     return m.o(m.b(torch.roll(m.a(x), (1, 2), (2, 3))))
 
 
-@structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(4, 6), o=conv(6, 2), index=torch.tensor([6, 0, 3, 5]))
+@structure(
+    image(),
+    half="a 4, b 3",
+    a=conv(3, 8),
+    b=conv(4, 6),
+    o=conv(6, 2),
+    index=torch.tensor([6, 0, 3, 5]),
+)
 def index_selected(m, x):
     return m.o(m.b(torch.index_select(m.a(x), 1, m.index)))
 
 
-@structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(8, 6), o=conv(6, 2), index=torch.tensor([6, 0, 3, 5, 1, 2, 7, 4]))
+@structure(
+    image(),
+    half="a 4, b 3",
+    a=conv(3, 8),
+    b=conv(8, 6),
+    o=conv(6, 2),
+    index=torch.tensor([6, 0, 3, 5, 1, 2, 7, 4]),
+)
 def permuted_by_buffer(m, x):
     return m.o(m.b(m.a(x)[:, m.index]))
 
@@ -328,18 +418,42 @@ def reshape_baked(m, x):
     return m.o(m.l(x.reshape(x.shape[0], 8, -1)).flatten(1))
 
 
-@structure(image(3, 32), half="a 8, b 4, l 5", a=conv(3, 16, 5, stride=2), b=conv(16, 8), p=nn.AdaptiveAvgPool2d((6, 6)), l=nn.Linear(8 * 6 * 6, 10), o=nn.Linear(10, 2))
+@structure(
+    image(3, 32),
+    half="a 8, b 4, l 5",
+    a=conv(3, 16, 5, stride=2),
+    b=conv(16, 8),
+    p=nn.AdaptiveAvgPool2d((6, 6)),
+    l=nn.Linear(8 * 6 * 6, 10),
+    o=nn.Linear(10, 2),
+)
 def alexnet_view(m, x):
     x = m.p(m.b(F.relu(m.a(x))))
     return m.o(m.l(F.dropout(x.view(x.size(0), 8 * 6 * 6), 0.5, m.training)))
 
 
-@structure(image(3, 16), half="a 8, bn 8, l 6", a=conv(3, 16), bn=nn.BatchNorm2d(16), p=nn.AdaptiveAvgPool2d(5), f=nn.Flatten(), l=nn.Linear(16 * 25, 12), o=nn.Linear(12, 2))
+@structure(
+    image(3, 16),
+    half="a 8, bn 8, l 6",
+    a=conv(3, 16),
+    bn=nn.BatchNorm2d(16),
+    p=nn.AdaptiveAvgPool2d(5),
+    f=nn.Flatten(),
+    l=nn.Linear(16 * 25, 12),
+    o=nn.Linear(12, 2),
+)
 def pool_flatten_linear(m, x):
     return m.o(m.l(m.f(m.p(m.bn(m.a(x))))))
 
 
-@structure(tensor(2, 1, 4), half="a 64, b 32, c 16", a=nn.Conv1d(1, 128, 3, padding=1), b=nn.Conv1d(128, 64, 3, padding=1), c=nn.Conv1d(64, 32, 3, padding=1), o=nn.Linear(32 * 4, 2))
+@structure(
+    tensor(2, 1, 4),
+    half="a 64, b 32, c 16",
+    a=nn.Conv1d(1, 128, 3, padding=1),
+    b=nn.Conv1d(128, 64, 3, padding=1),
+    c=nn.Conv1d(64, 32, 3, padding=1),
+    o=nn.Linear(32 * 4, 2),
+)
 def conv1d_stack(m, x):
     return m.o(torch.flatten(F.relu(m.c(F.relu(m.b(F.relu(m.a(x)))))), 1))
 
@@ -349,7 +463,14 @@ def linear_to_picture(m, x):
     return m.o(m.a(m.l(x).view(x.shape[0], 8, 4, 4)))
 
 
-@structure(tensor(2, 20), half="l 128, a 8, b 4", l=nn.Linear(20, 256), a=nn.ConvTranspose2d(16, 8, 4, 2, 1), b=nn.ConvTranspose2d(8, 4, 4, 2, 1), o=conv(4, 2))
+@structure(
+    tensor(2, 20),
+    half="l 128, a 8, b 4",
+    l=nn.Linear(20, 256),
+    a=nn.ConvTranspose2d(16, 8, 4, 2, 1),
+    b=nn.ConvTranspose2d(8, 4, 4, 2, 1),
+    o=conv(4, 2),
+)
 def generator(m, x):
     return m.o(m.b(F.relu(m.a(F.relu(m.l(x).view(-1, 16, 4, 4))))))
 
@@ -358,7 +479,14 @@ def generator(m, x):
 CASES["generator"].half.update({"a": 8, "b": 4})
 
 
-@structure(tensor(4, 2), half="a 8, b 16, c 8", a=nn.Linear(2, 16), b=nn.Linear(16, 32), c=nn.Linear(32, 16), o=nn.Linear(16, 2))
+@structure(
+    tensor(4, 2),
+    half="a 8, b 16, c 8",
+    a=nn.Linear(2, 16),
+    b=nn.Linear(16, 32),
+    c=nn.Linear(32, 16),
+    o=nn.Linear(16, 2),
+)
 def linears_with_a_reshape(m, x):
     x = F.relu(m.b(F.relu(m.a(x)))).reshape(-1, 32)
     return m.o(F.relu(m.c(x)))
@@ -377,7 +505,13 @@ def shape_in_an_attribute(m, x):
     return m.o(m.a(x) * m.s.view(shape))
 
 
-@structure(tensor(2, 5, 12), half="qkv 18, p 6", qkv=nn.Linear(12, 36), p=nn.Linear(12, 12), o=nn.Linear(12, 2))
+@structure(
+    tensor(2, 5, 12),
+    half="qkv 18, p 6",
+    qkv=nn.Linear(12, 36),
+    p=nn.Linear(12, 12),
+    o=nn.Linear(12, 2),
+)
 def heads_baked(m, x):
     n, l, _ = x.shape
     q, k, v = m.qkv(x).reshape(n, l, 3, 3, 4).permute(2, 0, 3, 1, 4)
@@ -385,7 +519,15 @@ def heads_baked(m, x):
     return m.o(m.p((a @ v).transpose(1, 2).reshape(n, l, 12)))
 
 
-@structure(tensor(2, 5, 12), half="q 12, k 4, v 4, p 6", q=nn.Linear(12, 24), k=nn.Linear(12, 8), v=nn.Linear(12, 8), p=nn.Linear(24, 12), o=nn.Linear(12, 2))
+@structure(
+    tensor(2, 5, 12),
+    half="q 12, k 4, v 4, p 6",
+    q=nn.Linear(12, 24),
+    k=nn.Linear(12, 8),
+    v=nn.Linear(12, 8),
+    p=nn.Linear(24, 12),
+    o=nn.Linear(12, 2),
+)
 def grouped_queries(m, x):
     """six query heads share two key and value heads"""
     n, l, _ = x.shape
@@ -404,23 +546,53 @@ def grouped(m, x):
     return m.o(m.b(m.a(x)))
 
 
-@structure(image(), half="a 6, b 6, c 6", a=conv(3, 12), b=conv(12, 12, groups=2), c=conv(12, 12, groups=3), o=conv(12, 2))
+@structure(
+    image(),
+    half="a 6, b 6, c 6",
+    a=conv(3, 12),
+    b=conv(12, 12, groups=2),
+    c=conv(12, 12, groups=3),
+    o=conv(12, 2),
+)
 def grouped_twice(m, x):
     return m.o(m.c(m.b(m.a(x))))
 
 
-@structure(image(), half="a 8, b 4, d 4, c 4", a=conv(3, 16), b=conv(16, 8, groups=4), d=conv(16, 8, groups=2), c=conv(8, 8, groups=2), o=conv(8, 2))
+@structure(
+    image(),
+    half="a 8, b 4, d 4, c 4",
+    a=conv(3, 16),
+    b=conv(16, 8, groups=4),
+    d=conv(16, 8, groups=2),
+    c=conv(8, 8, groups=2),
+    o=conv(8, 2),
+)
 def grouped_readers(m, x):
     x = m.a(x)
     return m.o(m.c(m.b(x) + m.d(x)))
 
 
-@structure(image(), half="a 4, d 8, b 3", a=conv(3, 8), d=conv(8, 16, groups=8), b=conv(16, 6, 1), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, d 8, b 3",
+    a=conv(3, 8),
+    d=conv(8, 16, groups=8),
+    b=conv(16, 6, 1),
+    o=conv(6, 2),
+)
 def depthwise_multiplier(m, x):
     return m.o(m.b(m.d(m.a(x))))
 
 
-@structure(image(), half="a 4, d 4, b 3", a=conv(3, 8), d=conv(8, 8, groups=8), bn=nn.BatchNorm2d(8), b=conv(8, 6, 1), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, d 4, b 3",
+    a=conv(3, 8),
+    d=conv(8, 8, groups=8),
+    bn=nn.BatchNorm2d(8),
+    b=conv(8, 6, 1),
+    o=conv(6, 2),
+)
 def depthwise(m, x):
     return m.o(m.b(F.relu6(m.bn(m.d(m.a(x))))))
 
@@ -433,22 +605,45 @@ def one_output_channel(m, x):
 CASES["one_output_channel"].half.update({"a": 8, "b": 16, "c": 1})
 
 
-@structure(image(), half="a 4, b 6, o 2", a=conv(3, 8), t=nn.ConvTranspose2d(8, 12, 3, 2, 1), b=conv(12, 12), o=conv(12, 2))
+@structure(
+    image(),
+    half="a 4, b 6, o 2",
+    a=conv(3, 8),
+    t=nn.ConvTranspose2d(8, 12, 3, 2, 1),
+    b=conv(12, 12),
+    o=conv(12, 2),
+)
 def transposed(m, x):
     return m.o(m.b(m.t(m.a(x))))
 
 
-@structure(image(), half="a 4, t 4, b 3", a=conv(3, 8), t=nn.ConvTranspose2d(8, 12, 3, groups=2), b=conv(12, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, t 4, b 3",
+    a=conv(3, 8),
+    t=nn.ConvTranspose2d(8, 12, 3, groups=2),
+    b=conv(12, 6),
+    o=conv(6, 2),
+)
 def transposed_grouped(m, x):
     return m.o(m.b(m.t(m.a(x))))
 
 
-@structure(tensor(2, 3, 4, 6, 6), half="a 4, b 3", a=nn.Conv3d(3, 8, 3), bn=nn.BatchNorm3d(8), b=nn.Conv3d(8, 6, 1), o=nn.Conv3d(6, 2, 1))
+@structure(
+    tensor(2, 3, 4, 6, 6),
+    half="a 4, b 3",
+    a=nn.Conv3d(3, 8, 3),
+    bn=nn.BatchNorm3d(8),
+    b=nn.Conv3d(8, 6, 1),
+    o=nn.Conv3d(6, 2, 1),
+)
 def volumes(m, x):
     return m.o(m.b(F.max_pool3d(m.bn(m.a(x)), (1, 2, 2))))
 
 
-@structure(image(), half="a 2, b 4, c 4", a=conv(3, 4), b=conv(3, 8), c=conv(12, 8, groups=2), o=conv(8, 2))
+@structure(
+    image(), half="a 2, b 4, c 4", a=conv(3, 4), b=conv(3, 8), c=conv(12, 8, groups=2), o=conv(8, 2)
+)
 def grouped_reader_straddles_a_cat(m, x):
     """blocks of 6 over branches of 4 and 8: the second block ends the first branch's"""
     return m.o(m.c(torch.cat([m.a(x), m.b(x)], 1)))
@@ -457,7 +652,9 @@ def grouped_reader_straddles_a_cat(m, x):
 # -- pixels and channels ---------------------------------------------------------------------------
 
 
-@structure(image(), half="a 16, b 3", a=conv(3, 32), s=nn.PixelShuffle(2), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(), half="a 16, b 3", a=conv(3, 32), s=nn.PixelShuffle(2), b=conv(8, 6), o=conv(6, 2)
+)
 def pixel_shuffle(m, x):
     return m.o(m.b(m.s(m.a(x))))
 
@@ -471,7 +668,12 @@ def pixel_unshuffle(m, x):
 def space_to_depth(m, x):
     x = m.a(x)
     n, c, h, w = x.size()
-    x = x.view(n, c, h // 2, 2, w // 2, 2).permute(0, 3, 5, 1, 2, 4).contiguous().view(n, c * 4, h // 2, w // 2)
+    x = (
+        x.view(n, c, h // 2, 2, w // 2, 2)
+        .permute(0, 3, 5, 1, 2, 4)
+        .contiguous()
+        .view(n, c * 4, h // 2, w // 2)
+    )
     return m.o(m.b(x))
 
 
@@ -485,13 +687,23 @@ def focus_slices(m, x):
 # -- gates and broadcasts --------------------------------------------------------------------------
 
 
-@structure(image(), half="a 4, r 2, e 4", a=conv(3, 8), r=conv(8, 4, 1), e=conv(4, 8, 1), o=conv(8, 2))
+@structure(
+    image(), half="a 4, r 2, e 4", a=conv(3, 8), r=conv(8, 4, 1), e=conv(4, 8, 1), o=conv(8, 2)
+)
 def squeeze_excite_convs(m, x):
     x = m.a(x)
     return m.o(x * m.e(F.relu(m.r(F.adaptive_avg_pool2d(x, 1)))).sigmoid())
 
 
-@structure(image(), half="a 4, r 2, e 4", a=conv(3, 8), r=nn.Linear(8, 4), e=nn.Linear(4, 8), p=nn.AdaptiveAvgPool2d(1), o=conv(8, 2))
+@structure(
+    image(),
+    half="a 4, r 2, e 4",
+    a=conv(3, 8),
+    r=nn.Linear(8, 4),
+    e=nn.Linear(4, 8),
+    p=nn.AdaptiveAvgPool2d(1),
+    o=conv(8, 2),
+)
 def squeeze_excite_linears(m, x):
     x = m.a(x)
     n, c, _, _ = x.size()
@@ -504,7 +716,15 @@ def spatial_mask(m, x):
     return m.o(m.b(torch.sigmoid(m.g(x)) * m.a(x)))
 
 
-@structure(image(), half="a 4, g 1, c 3, b 3", a=conv(3, 8), g=conv(6, 1), c=conv(3, 6), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, g 1, c 3, b 3",
+    a=conv(3, 8),
+    g=conv(6, 1),
+    c=conv(3, 6),
+    b=conv(8, 6),
+    o=conv(6, 2),
+)
 def spatial_mask_of_its_own(m, x):
     gate = m.g(F.relu(m.c(x))).sigmoid()
     return m.o(m.b(gate * m.a(x) + gate))
@@ -526,7 +746,9 @@ def layer_scale(m, x):
     return m.o(m.a(x) * m.s)
 
 
-@structure(image(), half="a 4, s 1", a=conv(3, 8), s=nn.Parameter(torch.rand(1, 8, 8, 8)), o=conv(8, 2))
+@structure(
+    image(), half="a 4, s 1", a=conv(3, 8), s=nn.Parameter(torch.rand(1, 8, 8, 8)), o=conv(8, 2)
+)
 def position_parameter(m, x):
     return m.o(m.a(x) + m.s)
 
@@ -536,12 +758,22 @@ def buffer_scale(m, x):
     return m.o(m.a(x) * m.s[None, :, None, None])
 
 
-@structure(image(), half="a 4, ia 1, im 1, b 3", a=conv(3, 8), ia=par(1, 8, 1, 1), im=par(1, 6, 1, 1), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, ia 1, im 1, b 3",
+    a=conv(3, 8),
+    ia=par(1, 8, 1, 1),
+    im=par(1, 6, 1, 1),
+    b=conv(8, 6),
+    o=conv(6, 2),
+)
 def implicit_add_and_multiply(m, x):
     return m.o(m.im * m.b(m.ia + m.a(x)))
 
 
-@structure(image(), half="a 4, b 3", a=conv(3, 8), p=nn.PReLU(8), q=nn.PReLU(), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(), half="a 4, b 3", a=conv(3, 8), p=nn.PReLU(8), q=nn.PReLU(), b=conv(8, 6), o=conv(6, 2)
+)
 def prelus(m, x):
     return m.o(m.q(m.b(m.p(m.a(x)))))
 
@@ -557,35 +789,79 @@ def constant_before_a_padded_conv(m, x):
 # -- frozen for a reason ---------------------------------------------------------------------------
 
 
-@structure(image(), half="a 4, m_ 3", frozen="meets a constant or an input", a=conv(3, 8), m_=conv(8, 3), b=conv(3, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, m_ 3",
+    frozen="meets a constant or an input",
+    a=conv(3, 8),
+    m_=conv(8, 3),
+    b=conv(3, 6),
+    o=conv(6, 2),
+)
 def residual_to_the_input(m, x):
     return m.o(m.b(x + m.m_(m.a(x))))
 
 
-@structure(image(), half="a 4, b 6", frozen="reaches the network's output", a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, b 6",
+    frozen="reaches the network's output",
+    a=conv(3, 8),
+    b=conv(8, 6),
+    o=conv(6, 2),
+)
 def inner_value_is_an_output(m, x):
     y = m.b(m.a(x))
     return m.o(F.relu(y)), y
 
 
-@structure(image(), half="a 8, b 6, c 3", frozen="reaches the network's output", a=conv(3, 8), b=conv(8, 6), c=conv(6, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 8, b 6, c 3",
+    frozen="reaches the network's output",
+    a=conv(3, 8),
+    b=conv(8, 6),
+    c=conv(6, 6),
+    o=conv(6, 2),
+)
 def nested_outputs(m, x):
     x = m.a(x)
     y = m.b(x)
     return {"pyramid": [x, (y * 2,)], "head": {"logits": m.o(m.c(y))}}
 
 
-@structure(image(), half="a 8, b 3", frozen="softmax at %softmax mixes channels", a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 8, b 3",
+    frozen="softmax at %softmax mixes channels",
+    a=conv(3, 8),
+    b=conv(8, 6),
+    o=conv(6, 2),
+)
 def channel_softmax(m, x):
     return m.o(m.b(m.a(x).softmax(1)))
 
 
-@structure(image(), half="a 8, b 3", frozen="mean at %mean mixes channels", a=conv(3, 8), b=conv(1, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 8, b 3",
+    frozen="mean at %mean mixes channels",
+    a=conv(3, 8),
+    b=conv(1, 6),
+    o=conv(6, 2),
+)
 def channel_mean(m, x):
     return m.o(m.b(m.a(x).mean(1, keepdim=True)))
 
 
-@structure(image(), half="a 8, b 3", frozen="amax at %amax mixes channels", a=conv(3, 8), b=conv(1, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 8, b 3",
+    frozen="amax at %amax mixes channels",
+    a=conv(3, 8),
+    b=conv(1, 6),
+    o=conv(6, 2),
+)
 def channel_max(m, x):
     return m.o(m.b(m.a(x).amax(1, keepdim=True)))
 
@@ -596,7 +872,14 @@ def channel_sum(m, x):
     return m.o(m.b(m.a(x).sum(1, keepdim=True)))
 
 
-@structure(image(), half="a 8, b 3", frozen="sum at %sum_1 mixes channels", a=conv(3, 8), b=conv(1, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 8, b 3",
+    frozen="sum at %sum_1 mixes channels",
+    a=conv(3, 8),
+    b=conv(1, 6),
+    o=conv(6, 2),
+)
 def channel_sum_of_sigmoids(m, x):
     """masked channels would count 0.5 each"""
     return m.o(m.b(m.a(x).sigmoid().sum(1, keepdim=True)))
@@ -625,37 +908,72 @@ def gram_matrix(m, x):
 # -- statistics ------------------------------------------------------------------------------------
 
 
-@structure(image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.GroupNorm(4, 8), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.GroupNorm(4, 8), b=conv(8, 6), o=conv(6, 2)
+)
 def group_norm(m, x):
     return m.o(m.b(m.n(m.a(x))))
 
 
-@structure(image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.GroupNorm(1, 8), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.GroupNorm(1, 8), b=conv(8, 6), o=conv(6, 2)
+)
 def group_norm_of_one(m, x):
     return m.o(m.b(m.n(m.a(x))))
 
 
-@structure(image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.GroupNorm(8, 8), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.GroupNorm(8, 8), b=conv(8, 6), o=conv(6, 2)
+)
 def group_norm_of_singles(m, x):
     return m.o(m.b(m.n(m.a(x))))
 
 
-@structure(image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.InstanceNorm2d(8, affine=True), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, n 4, b 3",
+    a=conv(3, 8),
+    n=nn.InstanceNorm2d(8, affine=True),
+    b=conv(8, 6),
+    o=conv(6, 2),
+)
 def instance_norm(m, x):
     return m.o(m.b(m.n(m.a(x))))
 
 
-@structure(image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.LayerNorm(8), b=nn.Linear(8, 6), o=nn.Linear(6, 2))
+@structure(
+    image(),
+    half="a 4, n 4, b 3",
+    a=conv(3, 8),
+    n=nn.LayerNorm(8),
+    b=nn.Linear(8, 6),
+    o=nn.Linear(6, 2),
+)
 def layer_norm(m, x):
     return m.o(m.b(m.n(m.a(x).permute(0, 2, 3, 1))))
 
 
-@structure(image(), half="a 4, n 4, b 3", a=conv(3, 8), n=nn.RMSNorm(8), b=nn.Linear(8, 6), o=nn.Linear(6, 2))
+@structure(
+    image(),
+    half="a 4, n 4, b 3",
+    a=conv(3, 8),
+    n=nn.RMSNorm(8),
+    b=nn.Linear(8, 6),
+    o=nn.Linear(6, 2),
+)
 def rms_norm(m, x):
     return m.o(m.b(m.n(m.a(x).permute(0, 2, 3, 1))))
 
 
-@structure(image(), half="a 4, g 4, b 3", a=conv(3, 8), bn=nn.BatchNorm2d(8), g=conv(8, 8), b=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, g 4, b 3",
+    a=conv(3, 8),
+    bn=nn.BatchNorm2d(8),
+    g=conv(8, 8),
+    b=conv(8, 6),
+    o=conv(6, 2),
+)
 def batch_norm_betas(m, x):
     """a norm's beta keeps a zeroed channel alive unless it goes too"""
     return m.o(m.b(F.relu(m.bn(m.a(x)) + m.g(m.bn(m.a(x))))))
@@ -664,13 +982,25 @@ def batch_norm_betas(m, x):
 # -- sequences -------------------------------------------------------------------------------------
 
 
-@structure(image(), half="a 4, l.weight_ih_l0 20", a=conv(3, 8), l=nn.LSTM(8, 5, batch_first=True), o=nn.Linear(5, 2))
+@structure(
+    image(),
+    half="a 4, l.weight_ih_l0 20",
+    a=conv(3, 8),
+    l=nn.LSTM(8, 5, batch_first=True),
+    o=nn.Linear(5, 2),
+)
 def lstm_head(m, x):
     y, _ = m.l(m.a(x).mean(2).transpose(1, 2))
     return m.o(y[:, -1])
 
 
-@structure(image(), half="a 4, l.weight_ih_l0 20, l.weight_ih_l0_reverse 20", a=conv(3, 8), l=nn.LSTM(8, 5, num_layers=2, bidirectional=True), o=nn.Linear(10, 2))
+@structure(
+    image(),
+    half="a 4, l.weight_ih_l0 20, l.weight_ih_l0_reverse 20",
+    a=conv(3, 8),
+    l=nn.LSTM(8, 5, num_layers=2, bidirectional=True),
+    o=nn.Linear(10, 2),
+)
 def lstm_both_ways(m, x):
     y, (h, c) = m.l(m.a(x).mean(2).permute(2, 0, 1))
     return m.o(y[-1]), h
@@ -687,7 +1017,14 @@ def gru_cell_in_a_loop(m, x):
 # -- pictures of several sizes ---------------------------------------------------------------------
 
 
-@structure(image(3, 16), half="a 4, b 4, c 3", a=conv(3, 8), b=conv(3, 8, stride=2), c=conv(8, 6), o=conv(6, 2))
+@structure(
+    image(3, 16),
+    half="a 4, b 4, c 3",
+    a=conv(3, 8),
+    b=conv(3, 8, stride=2),
+    c=conv(8, 6),
+    o=conv(6, 2),
+)
 def big_little(m, x):
     big, little = m.a(x), m.b(x)
     little = F.interpolate(little, size=big.shape[2:], mode="bilinear", align_corners=False)
@@ -709,11 +1046,18 @@ class HighResolution(nn.Module):
         x = self.stem(x)
         high, low = self.high(x), self.low(x)
         high, low = F.relu(high + self.up(low)), F.relu(low + self.down(high))
-        low = F.interpolate(low, size=(high.size(2), high.size(3)), mode="bilinear", align_corners=True)
+        low = F.interpolate(
+            low, size=(high.size(2), high.size(3)), mode="bilinear", align_corners=True
+        )
         return self.last(torch.cat([high, low], 1))
 
 
-@structure(image(3, 16), half="h.stem 3, h.high 2, h.low 4, h.up.0 2, h.down.0 4, h.last 3", h=HighResolution(), o=conv(6, 2))
+@structure(
+    image(3, 16),
+    half="h.stem 3, h.high 2, h.low 4, h.up.0 2, h.down.0 4, h.last 3",
+    h=HighResolution(),
+    o=conv(6, 2),
+)
 def high_resolution(m, x):
     return m.o(m.h(x))
 
@@ -731,7 +1075,10 @@ def feature_pyramid(m, x):
     p2 = m.l2(c2) + F.interpolate(p3, size=c2.shape[-2:], mode="nearest")
     p1 = m.l1(c1) + F.interpolate(p2, size=c1.shape[-2:], mode="nearest")
     found = [F.relu(m.head(p)) for p in (p1, p2, p3)]
-    return {"classes": [m.cls(f) for f in found], "boxes": [m.box(f).permute(0, 2, 3, 1).flatten(1, 2) for f in found]}
+    return {
+        "classes": [m.cls(f) for f in found],
+        "boxes": [m.box(f).permute(0, 2, 3, 1).flatten(1, 2) for f in found],
+    }
 
 
 # -- weights outside of layers ---------------------------------------------------------------------
@@ -742,7 +1089,14 @@ def einsum_weight(m, x):
     return m.o(torch.einsum("nchw,oc->nohw", m.a(x), m.w))
 
 
-@structure(image(), half="a 4, w 3, b 3", a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 3, 3)), b=par(6), o=conv(6, 2))
+@structure(
+    image(),
+    half="a 4, w 3, b 3",
+    a=conv(3, 8),
+    w=nn.Parameter(torch.randn(6, 8, 3, 3)),
+    b=par(6),
+    o=conv(6, 2),
+)
 def functional_conv(m, x):
     return m.o(F.conv2d(m.a(x), m.w, m.b, padding=1))
 
@@ -754,7 +1108,9 @@ def pointwise_conv_as_matmul(m, x):
     return m.o(torch.matmul(m.w, x.view(n, c, -1)).view(n, -1, h, w))
 
 
-@structure(image(), half="a 4, w 4", a=conv(3, 8), w=nn.Parameter(torch.randn(4, 6)), o=nn.Linear(6, 2))
+@structure(
+    image(), half="a 4, w 4", a=conv(3, 8), w=nn.Parameter(torch.randn(4, 6)), o=nn.Linear(6, 2)
+)
 def linear_by_parameter(m, x):
     x = m.a(x).permute(0, 2, 3, 1)
     return m.o(x[..., :4] @ m.w)
@@ -775,7 +1131,14 @@ CASES["weight_norm_by_parametrization"].half.update({"b.parametrizations.weight.
 # -- attention -------------------------------------------------------------------------------------
 
 
-@structure(image(), half="q 4, k 4, v 3, o 2", q=conv(3, 8, 1), k=conv(3, 8, 1), v=conv(3, 6, 1), o=conv(6, 2, 1))
+@structure(
+    image(),
+    half="q 4, k 4, v 3, o 2",
+    q=conv(3, 8, 1),
+    k=conv(3, 8, 1),
+    v=conv(3, 6, 1),
+    o=conv(6, 2, 1),
+)
 def non_local(m, x):
     n, _, h, w = x.shape
     q, k, v = m.q(x).flatten(2), m.k(x).flatten(2), m.v(x).flatten(2)
@@ -783,7 +1146,16 @@ def non_local(m, x):
     return m.o(torch.bmm(v, a.transpose(1, 2)).view(n, -1, h, w))
 
 
-@structure(image(), half="q 4, k 4, v 4", q=conv(8, 8, 1), k=conv(8, 8, 1), v=conv(8, 8, 1), s=conv(3, 8), gamma=par(1), o=conv(8, 2))
+@structure(
+    image(),
+    half="q 4, k 4, v 4",
+    q=conv(8, 8, 1),
+    k=conv(8, 8, 1),
+    v=conv(8, 8, 1),
+    s=conv(3, 8),
+    gamma=par(1),
+    o=conv(8, 2),
+)
 def attention_with_residual(m, x):
     """SAGAN: the values join the spine"""
     x = m.s(x)
@@ -795,7 +1167,14 @@ def attention_with_residual(m, x):
     return m.o(m.gamma * torch.bmm(v, a.permute(0, 2, 1)).view(n, c, h, w) + x)
 
 
-@structure(tensor(2, 5, 12), half="", a=nn.Linear(12, 12), m_=nn.MultiheadAttention(12, 3, batch_first=True), b=nn.Linear(12, 8), o=nn.Linear(8, 2))
+@structure(
+    tensor(2, 5, 12),
+    half="",
+    a=nn.Linear(12, 12),
+    m_=nn.MultiheadAttention(12, 3, batch_first=True),
+    b=nn.Linear(12, 8),
+    o=nn.Linear(8, 2),
+)
 def multihead_module(m, x):
     x = m.a(x)
     y, _ = m.m_(x, x, x, need_weights=False)

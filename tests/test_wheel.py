@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+import fxprune
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -45,6 +47,7 @@ def clean_python(wheel, tmp_path_factory) -> Path:
 
 
 def test_wheel_holds_the_package_its_rules_and_nothing_else(wheel):
+    assert wheel.name == f"fxprune-{fxprune.__version__}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     rules = {f.relative_to(ROOT / "rules").as_posix() for f in (ROOT / "rules").rglob("*.yaml")}
     assert rules
