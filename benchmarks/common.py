@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[1]
 TRANSFORMERS = ("maxvit*", "mvit*", "swin*", "vit_*")
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
 
 
 # -- networks --------------------------------------------------------------------------------------
@@ -60,27 +61,32 @@ def randomised(model: nn.Module, x: Tensor) -> nn.Module:
     """The model with random scales and shifts of its normalisations, and running statistics near
     those of `x`, so that its outputs depend on its inputs as a trained network's do."""
     torch.manual_seed(1)
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)):
-                _affine(module)
+            if isinstance(module, (BATCH_NORM, nn.LayerNorm, nn.GroupNorm)):
+                _draw_affine(module)
         for norm in norms:
             norm.train()
             norm.momentum = 1.0
-        if norms:
-            model(x)
+        model(x)
         for norm in norms:
             norm.momentum = 0.1
-            norm.running_mean.add_(torch.randn_like(norm.running_mean) * norm.running_var.sqrt() * 0.1)
-            norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.7, 1.4)).add_(1e-4)
+            _blur(norm)
     return model.eval()
 
 
-def _affine(norm: Any) -> None:
+def _draw_affine(norm: Any) -> None:
     if norm.weight is not None:
         norm.weight.uniform_(0.5, 1.5)
         norm.bias.normal_(0.0, 0.2)
+
+
+def _blur(norm: Any) -> None:
+    """Move the statistics a little away from those of the batch."""
+    mean, var = norm.running_mean, norm.running_var
+    mean.add_(torch.randn_like(mean) * var.sqrt() * 0.1)
+    var.mul_(torch.empty_like(var).uniform_(0.7, 1.4)).add_(1e-4)
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -95,7 +101,13 @@ def apart(module: str, *arguments: str, limit: float) -> dict[str, Any]:
     single = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=single, capture_output=True, text=True, timeout=limit, check=False
+            command,
+            cwd=ROOT,
+            env=single,
+            capture_output=True,
+            text=True,
+            timeout=limit,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"problem": f"took more than {limit:.0f} s"}
@@ -166,7 +178,8 @@ def versions(*packages: str) -> str:
     for package in ("torch", *packages):
         with contextlib.suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
-    return f"Python {platform.python_version()}, {', '.join(found)}, {platform.machine()}, {os.cpu_count()} cores"
+    found = [f"Python {platform.python_version()}", *found, platform.machine()]
+    return f"{', '.join(found)}, {os.cpu_count()} cores"
 
 
 def write(path: str | None, heading: str, parts: Iterable[str]) -> None:

@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,8 +30,9 @@ from benchmarks import common
 
 MODULE = "benchmarks.prune_time"
 MODELS = (
-    "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "regnet_y_400mf", "googlenet",
-    "inception_v3", "resnext50_32x4d", "vgg16_bn", "convnext_tiny", "densenet121", "densenet201",
+    "resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0",
+    "regnet_y_400mf", "googlenet", "inception_v3", "resnext50_32x4d", "vgg16_bn", "convnext_tiny",
+    "densenet121", "densenet201",
 )  # fmt: skip
 GROWTH = {"residual blocks": (125, 250, 500, 1000), "dense layers": (25, 50, 100, 200)}
 PATIENCE = 60.0  # seconds the peer gets for one size of a growing network
@@ -61,8 +62,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(x + self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x))))))
@@ -137,14 +139,19 @@ def theirs(model: nn.Module, x: Tensor) -> Measure:
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     importance = tp.importance.GroupMagnitudeImportance(p=2)
     start = clock()
-    pruner = tp.pruner.BasePruner(model, x, importance=importance, pruning_ratio=0.5, ignored_layers=[last])
+    pruner = tp.pruner.BasePruner(
+        model, x, importance=importance, pruning_ratio=0.5, ignored_layers=[last]
+    )
     analysed = clock()
     pruner.step()
     end = clock()
     return analysed - start, end - start, sum(p.numel() for p in model.parameters())
 
 
-TOOLS: dict[str, Callable[[nn.Module, Tensor], Measure]] = {"fxprune": ours, "Torch-Pruning": theirs}
+TOOLS: dict[str, Callable[[nn.Module, Tensor], Measure]] = {
+    "fxprune": ours,
+    "Torch-Pruning": theirs,
+}
 
 
 # -- measuring, each in a process of its own -------------------------------------------------------
@@ -152,14 +159,16 @@ TOOLS: dict[str, Callable[[nn.Module, Tensor], Measure]] = {"fxprune": ours, "To
 
 def warmed(tools: list[str]) -> None:
     """Everything imported and every rule read, on a network of three layers."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten())
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten()
+    )
     net.append(nn.Linear(8 * 16, 4))
     for tool in tools:
         TOOLS[tool](copy.deepcopy(net).eval(), torch.randn(1, 3, 8, 8))
 
 
 def timed(name: str, tools: list[str], repeats: int) -> dict[str, Any]:
-    """Median seconds of each tool, taken in turns, each on a fresh copy made outside of the clock."""
+    """Median seconds of each tool, taken in turns, each on a fresh copy that is not timed."""
     warmed(tools)
     model, x = network(name)
     found: dict[str, list[Measure]] = {tool: [] for tool in tools}
@@ -171,7 +180,11 @@ def timed(name: str, tools: list[str], repeats: int) -> dict[str, Any]:
     result: dict[str, Any] = {"params": sum(p.numel() for p in model.parameters())}
     for tool, runs in found.items():
         analysis, total, left = zip(*runs, strict=True)
-        result[tool] = {"analysis": statistics.median(analysis), "total": statistics.median(total), "left": left[0]}
+        result[tool] = {
+            "analysis": statistics.median(analysis),
+            "total": statistics.median(total),
+            "left": left[0],
+        }
     return result
 
 
@@ -195,8 +208,15 @@ def weighed(name: str, tool: str) -> dict[str, Any]:
 
 # -- the tables ------------------------------------------------------------------------------------
 
-COLUMNS = ("network", "fxprune analysis s", "total s", "memory MB", "left", "Torch-Pruning analysis s", "total s",
-           "memory MB", "left", "analysis ratio", "total ratio")  # fmt: skip
+COLUMNS = (
+    "network", "fxprune analysis s", "total s", "memory MB", "left", "Torch-Pruning analysis s",
+    "total s", "memory MB", "left", "analysis ratio", "total ratio",
+)  # fmt: skip
+HOW = """{versions}, one thread.
+Half of the channels removed by L2 norms. Seconds ({clock} clock) are medians; ratios say how many
+times as long Torch-Pruning takes. Memory is the peak above that of the loaded model, `left` the
+share of its parameters.
+"""
 
 
 def compared(names: list[str], repeats: int, limit: float, which: str) -> dict[str, dict[str, Any]]:
@@ -206,10 +226,14 @@ def compared(names: list[str], repeats: int, limit: float, which: str) -> dict[s
         task = progress.add_task("networks", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            found = common.apart(MODULE, "--one", name, "--repeats", str(repeats), "--clock", which, limit=limit)
+            found = common.apart(
+                MODULE, "--one", name, "--repeats", str(repeats), "--clock", which, limit=limit
+            )
             for tool in TOOLS:
                 if tool in found:
-                    found[tool] |= common.apart(MODULE, "--one", name, "--memory", tool, limit=limit)
+                    found[tool] |= common.apart(
+                        MODULE, "--one", name, "--memory", tool, limit=limit
+                    )
             results[name] = found
             progress.advance(task)
     return results
@@ -221,7 +245,12 @@ def row(name: str, found: dict[str, Any]) -> list[str]:
     cells = [name]
     for tool in TOOLS:
         t = found[tool]
-        cells += [f"{t['analysis']:.3f}", f"{t['total']:.3f}", megabytes(t), f"{t['left'] / found['params']:.1%}"]
+        cells += [
+            f"{t['analysis']:.3f}",
+            f"{t['total']:.3f}",
+            megabytes(t),
+            f"{t['left'] / found['params']:.1%}",
+        ]
     return [*cells, f"{ratio(found, 'analysis'):.1f}", f"{ratio(found, 'total'):.1f}"]
 
 
@@ -255,7 +284,9 @@ def grown(repeats: int, limit: float, which: str) -> dict[str, dict[str, Any]]:
     return results
 
 
-GROWTH_COLUMNS = ("network", "nodes", "parameters", "fxprune analysis s", "total s", "Torch-Pruning total s")
+GROWTH_COLUMNS = (
+    "network", "nodes", "parameters", "fxprune analysis s", "total s", "Torch-Pruning total s",
+)  # fmt: skip
 
 
 def growth_row(name: str, found: dict[str, Any]) -> list[str]:
@@ -264,8 +295,8 @@ def growth_row(name: str, found: dict[str, Any]) -> list[str]:
     kind, _, count = name.partition("/")
     own, peer = found["fxprune"], found["Torch-Pruning"].get("total", PATIENCE)
     beside = f"{peer:.2f}" if peer < PATIENCE else f"over {PATIENCE:.0f}"
-    return [f"{count} {kind}", f"{found['nodes']:,}", f"{found['elements']:,}", f"{own['analysis']:.3f}",
-            f"{own['total']:.3f}", beside]  # fmt: skip
+    size = [f"{found['nodes']:,}", f"{found['elements']:,}"]
+    return [f"{count} {kind}", *size, f"{own['analysis']:.3f}", f"{own['total']:.3f}", beside]
 
 
 def exponents(results: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -305,12 +336,18 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="*", help="a shell-style pattern of networks")
     parser.add_argument("--out", help="a Markdown file to write")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each; the median counts")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: for a machine with other work to do")
-    parser.add_argument("--limit", type=float, default=900, help="seconds all runs of one network may take")
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine with other work to do"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=900, help="seconds all runs of one network may take"
+    )
     parser.add_argument("--no-growth", action="store_true", help="leave the growing networks out")
     for hidden in ("--one", "--tool", "--memory"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -321,21 +358,30 @@ def main() -> int:
         return 0
     names = [name for name in MODELS if common.matches(name, options.only)]
     results = compared(names, options.repeats, options.limit, options.clock)
-    growth = {} if options.no_growth else grown(min(options.repeats, 3), options.limit, options.clock)
+    growth = {}
+    if not options.no_growth:
+        growth = grown(min(options.repeats, 3), options.limit, options.clock)
     return publish(results, growth, options)
 
 
-def publish(results: dict[str, dict[str, Any]], growth: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
+def publish(
+    results: dict[str, dict[str, Any]],
+    growth: dict[str, dict[str, Any]],
+    options: argparse.Namespace,
+) -> int:
     sound = {name: r for name, r in results.items() if "problem" not in r}
     rows = [row(name, found) for name, found in results.items()]
-    means = {what: geometric([ratio(r, what) for r in sound.values()]) for what in ("analysis", "total")}
+    means = {
+        what: geometric([ratio(r, what) for r in sound.values()]) for what in ("analysis", "total")
+    }
     rows.append(["geometric mean", *[""] * 8, f"{means['analysis']:.1f}", f"{means['total']:.1f}"])
-    parts = [f"{common.versions('torchvision', 'torch-pruning')}, one thread. Half of the channels removed by L2 norms. "
-             f"Seconds ({options.clock} clock) are medians; ratios say how many times as long Torch-Pruning takes. Memory is the peak above "
-             "the loaded model; `left` the share of parameters.\n"]  # fmt: skip
-    tables = [("Pruning by half", COLUMNS, rows)]
+    versions = common.versions("torchvision", "torch-pruning")
+    parts = [HOW.format(versions=versions, clock=options.clock)]
+    tables: list[tuple[str, Sequence[str], common.Rows]] = [("Pruning by half", COLUMNS, rows)]
     if growth:
-        tables.append(("Growing networks", GROWTH_COLUMNS, [growth_row(n, r) for n, r in growth.items()]))
+        tables.append(
+            ("Growing networks", GROWTH_COLUMNS, [growth_row(n, r) for n, r in growth.items()])
+        )
         tables.append(("Fitted exponents", EXPONENT_COLUMNS, exponents(growth)))
     for table in tables:
         common.show(*table)

@@ -26,12 +26,13 @@ from torch.utils import _pytree as pytree
 
 import fxprune
 from benchmarks import common
-from fxprune.inputs import of_spec
 
 MODULE = "benchmarks.torchvision_table"
 LEFT = 0.55  # of the parameters, at most
 LIMIT = 1e-9  # of the largest output, in float64
-DEPENDS = 1e-6  # outputs of two inputs differ by more than this, or a comparison would prove nothing
+DEPENDS = (
+    1e-6  # outputs of two inputs differ by more than this, or a comparison would prove nothing
+)
 LARGE = 300e6  # parameters; above, the second comparison is made in float32
 SIDES = (64, 96, 128, 160)  # image sizes tried before the default
 
@@ -148,7 +149,9 @@ def tensors(value: Any) -> list[Tensor]:
 def gap(expected: list[Tensor], got: list[Tensor]) -> float:
     """The largest difference, as a share of the largest expected value."""
     scale = max(float(t.abs().max()) for t in expected)
-    return max(float((a - b).abs().max()) for a, b in zip(expected, got, strict=True)) / max(scale, 1e-300)
+    return max(float((a - b).abs().max()) for a, b in zip(expected, got, strict=True)) / max(
+        scale, 1e-300
+    )
 
 
 # -- the checks ------------------------------------------------------------------------------------
@@ -157,7 +160,10 @@ def gap(expected: list[Tensor], got: list[Tensor]) -> float:
 def size(case: Case) -> None:
     """Half of the channels are about a quarter of the parameters; biases and heads keep more."""
     before, after = case.result.params
-    require(after == sum(p.numel() for p in case.pruned.parameters()), "the report counts other parameters")
+    require(
+        after == sum(p.numel() for p in case.pruned.parameters()),
+        "the report counts other parameters",
+    )
     require(after <= LEFT * before, f"{after / before:.0%} of the parameters are left")
 
 
@@ -175,8 +181,12 @@ def structure(case: Case) -> None:
     with torch.no_grad():
         old, new = case.model(case.x), case.pruned(case.x)
     shape = lambda t: tuple(t.shape)  # noqa: E731
-    require(type(old) is type(new), f"the output is a {type(new).__name__}, was a {type(old).__name__}")
-    require(pytree.tree_map(shape, old) == pytree.tree_map(shape, new), "the output changed its shape")
+    require(
+        type(old) is type(new), f"the output is a {type(new).__name__}, was a {type(old).__name__}"
+    )
+    require(
+        pytree.tree_map(shape, old) == pytree.tree_map(shape, new), "the output changed its shape"
+    )
 
 
 def slices(case: Case) -> None:
@@ -184,7 +194,9 @@ def slices(case: Case) -> None:
     old, plan = case.model.state_dict(), case.pruned.fxprune.plan
     for name, new in case.pruned.state_dict().items():
         require(name in old, f"{name} is not in the original")
-        require(torch.equal(new, sliced(old[name], plan.kept.get(name, {}))), f"{name} is not a slice")
+        require(
+            torch.equal(new, sliced(old[name], plan.kept.get(name, {}))), f"{name} is not a slice"
+        )
         require(new.dtype == old[name].dtype, f"{name} is {new.dtype}")
 
 
@@ -196,7 +208,10 @@ def sliced(tensor: Tensor, kept: dict[int, Any]) -> Tensor:
             tensor = tensor[(slice(None),) * dim + (rows,)]
         return tensor
     rows = torch.tensor(kept.get(0, list(range(len(tensor))))).chunk(len(blocks))
-    own = [{d: r[b] if isinstance(r[0], list) else r for d, r in kept.items() if d} for b in range(len(blocks))]
+    own = [
+        {d: r[b] if isinstance(r[0], list) else r for d, r in kept.items() if d}
+        for b in range(len(blocks))
+    ]
     return torch.cat([sliced(tensor[part], dims) for part, dims in zip(rows, own, strict=True)])
 
 
@@ -208,7 +223,9 @@ def masked(case: Case) -> None:
     if "normalised" in case.result.reference:
         case.result.notes.append("no second comparison: normalises over channels")
         return
-    dtype, limit = (torch.float64, LIMIT) if case.result.params[0] <= LARGE else (torch.float32, 1e-3)
+    dtype, limit = (
+        (torch.float64, LIMIT) if case.result.params[0] <= LARGE else (torch.float32, 1e-3)
+    )
     if dtype is torch.float32:
         case.result.notes.append("second comparison in float32: over 300 M parameters")
     x = other_batch(case.x).to(dtype)
@@ -244,7 +261,10 @@ def batch(case: Case) -> None:
     """Another batch size runs."""
     for x in (other_batch(case.x), case.x[:1]):
         old, new = outputs(case.model, x), outputs(case.pruned, x)
-        require([t.shape for t in old] == [t.shape for t in new], f"another shape for a batch of {len(x)}")
+        require(
+            [t.shape for t in old] == [t.shape for t in new],
+            f"another shape for a batch of {len(x)}",
+        )
 
 
 def image(case: Case) -> None:
@@ -255,7 +275,9 @@ def image(case: Case) -> None:
         case.result.notes.append("takes one image size only")
         return
     old, new = outputs(case.model, x), outputs(case.pruned, x)
-    require([t.shape for t in old] == [t.shape for t in new], "another shape for another image size")
+    require(
+        [t.shape for t in old] == [t.shape for t in new], "another shape for another image size"
+    )
 
 
 def dtypes(case: Case) -> None:
@@ -269,7 +291,9 @@ def dtypes(case: Case) -> None:
 def copies(case: Case) -> None:
     """A deep copy computes the same and shares nothing."""
     twin = copy.deepcopy(case.pruned)
-    require(same(outputs(case.pruned, case.x), outputs(twin, case.x)), "a copy computes something else")
+    require(
+        same(outputs(case.pruned, case.x), outputs(twin, case.x)), "a copy computes something else"
+    )
     mine = {p.data_ptr() for p in case.pruned.parameters()}
     require(not mine & {p.data_ptr() for p in twin.parameters()}, "a copy shares parameters")
 
@@ -280,7 +304,10 @@ def saves(case: Case) -> None:
         torch.save(case.pruned, file)
         file.seek(0)
         loaded = torch.load(file, weights_only=False)
-    require(same(outputs(case.pruned, case.x), outputs(loaded, case.x)), "what was loaded computes something else")
+    require(
+        same(outputs(case.pruned, case.x), outputs(loaded, case.x)),
+        "what was loaded computes something else",
+    )
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
@@ -299,11 +326,15 @@ def modes(case: Case) -> None:
     require(all(m.training for m in net.modules()), "train() does not reach every module")
     first, second = (seeded(net, case.x, seed) for seed in (4, 5))
     moved = [not torch.equal(a, n.running_mean) for a, n in zip(means, norms, strict=True)]
-    require(all(moved), f"{moved.count(False)} of {len(norms)} normalisations do not move in train()")
+    require(
+        all(moved), f"{moved.count(False)} of {len(norms)} normalisations do not move in train()"
+    )
     if draws(case.model):
         require(not same(first, second), "nothing is dropped in train()")
     net.eval()
-    require(same(outputs(net, case.x), outputs(net, case.x)), "two runs in eval() after train() differ")
+    require(
+        same(outputs(net, case.x), outputs(net, case.x)), "two runs in eval() after train() differ"
+    )
 
 
 def seeded(net: nn.Module, x: Tensor, seed: int) -> list[Tensor]:
@@ -314,14 +345,18 @@ def seeded(net: nn.Module, x: Tensor, seed: int) -> list[Tensor]:
 def draws(model: nn.Module) -> bool:
     """Whether the model draws random numbers in train()."""
     kinds = ("Dropout", "Dropout2d", "Dropout3d", "StochasticDepth")
-    main = [m for n, m in model.named_modules() if type(m).__name__ in kinds and not n.startswith("aux")]
+    main = [
+        m for n, m in model.named_modules() if type(m).__name__ in kinds and not n.startswith("aux")
+    ]
     return any(m.p > 0 for m in main)
 
 
 def trains(case: Case) -> None:
     """Every parameter gets a gradient, and a few SGD steps on one batch lower the loss."""
     for share in (0.1, 0.01, 0.001):  # the step that would lower a linear loss by this share
-        losses = trained(copy.deepcopy(case.pruned).train(), torch.cat([case.x, case.x.flip(-1)]), share)
+        losses = trained(
+            copy.deepcopy(case.pruned).train(), torch.cat([case.x, case.x.flip(-1)]), share
+        )
         case.result.loss = (losses[0], losses[-1])
         if losses[-1] < losses[0]:
             return
@@ -335,35 +370,47 @@ def trained(net: nn.Module, x: Tensor, share: float, steps: int = 4) -> list[flo
     for _ in range(steps):
         torch.manual_seed(7)  # the same draw each time, so that the loss is one function
         found = tensors(net(x))
-        loss = torch.stack([(a - b).square().mean() for a, b in zip(found, targets, strict=True)]).sum()
+        loss = torch.stack(
+            [(a - b).square().mean() for a, b in zip(found, targets, strict=True)]
+        ).sum()
         net.zero_grad(set_to_none=True)
         loss.backward()
         missing = [name for name, p in net.named_parameters() if p.grad is None]
         require(not missing, f"no gradient: {', '.join(missing[:3])}")
-        slope = sum(float(p.grad.square().sum()) for p in net.parameters())  # type: ignore[union-attr]
+        slope = sum(float(p.grad.square().sum()) for p in net.parameters() if p.grad is not None)
         torch.optim.SGD(net.parameters(), lr=share * loss.item() / slope).step()
         losses.append(loss.item())
     return losses
 
 
 CHECKS: list[Callable[[Case], None]] = [
-    size, verification, structure, slices, masked, batch, image, dtypes, copies, saves, modes, trains,
+    size, verification, structure, slices, masked, batch, image, dtypes, copies, saves, modes,
+    trains,
 ]  # fmt: skip
 
 
 # -- the table -------------------------------------------------------------------------------------
 
-COLUMNS = ("network", "input", "parameters", "left", "MACs left", "difference", "reference", "2nd difference",
-           "loss", "s", "GB", "result")  # fmt: skip
+COLUMNS = (
+    "network", "input", "parameters", "left", "MACs left", "difference", "reference",
+    "2nd difference", "loss", "s", "GB", "result",
+)  # fmt: skip
+HOW = """{versions}.
+`fxprune.prune(model, criterion="l2", rate=0.5)`, no example inputs. `difference`: prune's own check
+in float64; `2nd difference`: against a zeroed copy run as it is, on another input; both as a share
+of the largest output. `loss`: before and after three SGD steps. `s`: seconds of prune with its
+check, one thread. `GB`: the most memory the process held, with all checks.
+"""
 
 
 def row(r: Result) -> list[str]:
     verdict = "; ".join(r.problems) if r.problems else "ok"
     share = lambda pair: f"{pair[1] / pair[0]:.1%}" if pair[0] else ""  # noqa: E731
+    reference = "over kept" if "normalised" in r.reference else "masked" if r.reference else ""
+    loss = f"{r.loss[0]:.4g} to {r.loss[1]:.4g}"
     return [
         r.name, r.input, f"{r.params[0]:,}", share(r.params), share(r.macs), number(r.difference),
-        "over kept" if "normalised" in r.reference else "masked" if r.reference else "", number(r.masked),
-        f"{r.loss[0]:.4g} to {r.loss[1]:.4g}", f"{r.seconds:.1f}", f"{r.memory / 2**30:.1f}",
+        reference, number(r.masked), loss, f"{r.seconds:.1f}", f"{r.memory / 2**30:.1f}",
         "; ".join([verdict, *r.notes]),
     ]  # fmt: skip
 
@@ -393,7 +440,9 @@ def run_all(names: list[str], jobs: int, limit: float) -> list[Result]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", default="*", help="a shell-style pattern of names")
     parser.add_argument("--out", help="a Markdown file to write")
     parser.add_argument("--jobs", type=int, default=2, help="processes at once")
@@ -413,10 +462,7 @@ def publish(results: list[Result], out: str | None) -> int:
     title = f"torchvision's CNNs pruned by half: {good} of {len(results)} pass every check"
     rows = [row(r) for r in results]
     common.show(title, COLUMNS, rows)
-    how = (f"{common.versions('torchvision')}. `fxprune.prune(model, criterion=\"l2\", rate=0.5)`, no example inputs. "
-           "`difference`: prune's own check in float64; `2nd difference`: against a zeroed copy run as it is, on "
-           "another input; both as a share of the largest output. `loss`: before and after three SGD steps. "
-           "`s`: seconds of prune with its check, one thread.\n")  # fmt: skip
+    how = HOW.format(versions=common.versions("torchvision"))
     common.write(out, "fxprune on torchvision", [how, common.markdown(title, COLUMNS, rows)])
     return int(good < len(results))
 

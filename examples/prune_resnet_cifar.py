@@ -191,11 +191,12 @@ def main() -> None:
     cache = args.cache or Path(tempfile.mkdtemp(prefix="cifar10-"))
     test = sample(images(args.folder, cache, "test"), args.images)
     train = images(args.folder, cache, "train") if args.epochs else None
-    table = Table(title=f"CIFAR-10 (JPEG q75 copy), {len(test[0]):,} test images")
+    tuned = f", {args.epochs} epochs of fine-tuning" if train else ""
+    table = Table(title=f"CIFAR-10 (JPEG q75 copy), {len(test[0]):,} test images{tuned}")
     for column in ("network", "pruned by", "rate", "parameters", "MACs", "accuracy"):
         table.add_column(column, justify="left" if column in ("network", "pruned by") else "right")
     if train:
-        table.add_column(f"after {args.epochs} epochs", justify="right")
+        table.add_column("fine-tuned", justify="right")
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:

@@ -166,6 +166,11 @@ def _warnings(found: Flow, grouped: Groups):
         node = group.frozen.node if group.frozen is not None else None
         if node is not None and node in found.unknown:
             cost[node.name] = cost.get(node.name, 0) + len(group)
+    for source in found.graph.meta.get("fxprune_baked", ()):
+        yield (
+            "a size became a plain number, so the pruned network may take inputs of this size only"
+            f" ({describe(source)})"
+        )
     for node, reason in found.unknown.items():
         if cost.get(node.name):
             what = f"%{node.name} ({_target(node)}) {reason}"

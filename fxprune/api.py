@@ -131,6 +131,7 @@ def _check_prunable(analysis: Analysis) -> None:
         (f.group, f"{f.channels} channels: {f.reason} {f.source}".rstrip())
         for f in analysis.frozen[:5]
     ]
+    why += [(n.name, reason) for n, reason in list(analysis.flow.unknown.items())[:5]]
     raise NothingToPrune(
         f"no channel of {type(analysis.model).__name__} may go",
         details=why,

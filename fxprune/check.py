@@ -82,10 +82,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
                 f"`{name}` is on the meta device: it has no values to score",
                 hint="load the weights first; fxprune.analyze works without values",
             )
-        if (
-            not tensor.is_floating_point()
-            or bool(tensor.detach().sum().isfinite())
-        ):
+        if not tensor.is_floating_point() or bool(tensor.detach().sum().isfinite()):
             continue  # a finite sum has finite terms
         if not bool(torch.isfinite(tensor).all()):
             kind = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"

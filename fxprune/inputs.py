@@ -139,13 +139,13 @@ def random_like(
             return value
         if not value.is_floating_point():
             real = torch.zeros(value.shape, dtype=value.dtype) if value.is_meta else value.detach()
-            return real.to(device)
+            return real.to(device, copy=True)
         real = (
             torch.randn(value.shape, generator=generator, dtype=torch.float64)
             if value.is_meta
             else value.detach()
         )
-        return real.to(device=device, dtype=dtype or value.dtype)
+        return real.to(device=device, dtype=dtype or value.dtype, copy=True)
 
     args, kwargs = pytree.tree_map(fill, (inputs.args, inputs.kwargs))
     return Inputs(args, kwargs, inputs.guessed)

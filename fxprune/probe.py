@@ -170,8 +170,8 @@ class _Call:
 
     @property
     def title(self) -> str:
-        shown = ["x".join(map(str, _shape(h.spec) or ())) or "scalar" for h in self.holes]
-        shown += [f"{key}={value}" for key, value in self.options.items() if not _is_hole(value)]
+        shown = [_shown(arg) for arg in self.args]
+        shown += [f"{key}={_shown(value)}" for key, value in self.options.items()]
         return f"{self.name}({', '.join(shown)})"
 
     def values(self, seed: int) -> list[Tensor]:
@@ -195,6 +195,14 @@ class _Call:
             return found(*args[1:], **options) if callable(self.target) else found
         result = self.target(*args, **options)
         return args[0] if result is None else result
+
+
+def _shown(arg: Any) -> str:
+    if _is_hole(arg):
+        return "x".join(map(str, _shape(arg.spec) or ()))
+    if isinstance(arg, list) and any(map(_is_hole, arg)):
+        return f"[{', '.join(map(_shown, arg))}]"
+    return str(arg.tolist() if isinstance(arg, Tensor) else arg)
 
 
 def _is_hole(value: Any) -> bool:
@@ -331,6 +339,19 @@ class _Trial:
     def groups(self) -> Groups:
         return groups(self.flow)
 
+    @cached_property
+    def told(self) -> list[int]:
+        """The outputs that the rule speaks of: a letters rule says nothing of saved statistics,
+        which have another rank than the first output."""
+        told = self.outputs[0].shape if self.outputs else ()
+        letters = bool(self.flow.uses)
+        return [i for i, v in enumerate(self.outputs) if not letters or len(v.shape) == len(told)]
+
+    @property
+    def values(self) -> list[Value]:
+        """What flow says of those outputs."""
+        return [self.outputs[i] for i in self.told]
+
     @property
     def source(self) -> fx.Node:
         """The first node, where one is asked for."""
@@ -342,7 +363,8 @@ class _Trial:
         own = dict(self.caller.named_parameters()) | dict(self.caller.named_buffers())
         state = {name: tensors[name].clone() for name in own}
         _seed(seed)
-        return _leaves(functional_call(self.caller, state, tuple(inputs)))
+        found = _leaves(functional_call(self.caller, state, tuple(inputs)))
+        return [found[i] for i in self.told]
 
     def masked(self, widths: Widths) -> dict[str, Tensor]:
         """Operands with what goes set to zero, but for inputs which masking does not make zero."""
@@ -466,10 +488,11 @@ class _Prober:
 
     def is_mine(self, name: str, target: Any) -> bool:
         """Whether calls of `name` are given this rule, and not one that knows them better."""
-        if isinstance(target, type):
+        named = any(text.partition("(")[0] == name for text in self.rule.calls)
+        if named or isinstance(target, type):
             return True
         use = self.lookup(name, target, None)
-        return use is None or use.rule is self.rule
+        return use is not None and use.rule is self.rule
 
     def lookup(self, name: str, target: Any, call: rule_files.Call | None) -> Use | None:
         if name.startswith("Tensor."):
@@ -610,9 +633,7 @@ class _Prober:
         return bool(nodes)
 
     def shapes_fit(self, trial: _Trial, outputs: list[Tensor]) -> bool:
-        for value, found in zip(trial.outputs, outputs, strict=True):
-            if self.is_side(value, outputs):
-                continue
+        for value, found in zip(trial.values, outputs, strict=True):
             if value.shape != tuple(found.shape):
                 self.report(f"gives {list(found.shape)}, the rule says {list(value.shape)}")
                 return False
@@ -628,10 +649,6 @@ class _Prober:
                     return False
         return True
 
-    def is_side(self, value: Value, outputs: list[Tensor]) -> bool:
-        """Whether a letters rule says nothing of an output: saved statistics, of other rank."""
-        return self.rule.kind == "dims" and len(value.shape) != outputs[0].ndim
-
     # -- checks ----------------------------------------------------------------------------------
 
     def check_dependence(self, trial: _Trial, outputs: list[Tensor]) -> None:
@@ -645,10 +662,7 @@ class _Prober:
             for k, one in enumerate(channel[ids.numpy()].tolist()):
                 if one == 0 or name in dead:
                     continue
-                marked = [
-                    _carriers(value, channel, one, self.is_side(value, outputs))
-                    for value in trial.outputs
-                ]
+                marked = [_carriers(value, channel, one) for value in trial.values]
                 if not any(bool(m.any()) for m in marked):
                     self.check_meeting(trial, one, outputs)
                     continue
@@ -689,7 +703,7 @@ class _Prober:
             dims[slot.dim] = -1
             dense = slot.ids.view(dims).expand(trial.tensors[source].shape)
             found = trial.run({**trial.tensors, source: dense.to(trial.tensors[source].dtype)})
-            for value, out in zip(trial.outputs, found, strict=True):
+            for value, out in zip(trial.values, found, strict=True):
                 layers = [layer for layer in value.layers if torch.isin(layer.ids, slot.ids).any()]
                 if layers and not torch.equal(layers[0].ids.expand(out.shape), out.long()):
                     return self.report(
@@ -722,14 +736,13 @@ class _Prober:
         inputs = [gather(trial.tensors[n], kept.get(n, {})).clone() for n in trial.zeros]
         _seed(0)
         try:
-            got = _leaves(pruned.eval()(*inputs))
+            found = _leaves(pruned.eval()(*inputs))
+            got = [found[i] for i in trial.told]
         except Exception as error:
             self.report(f"without part of {shown} it does not run: {_first_line(error)}")
             return False
         full = trial.run(trial.masked(widths))
-        for value, whole, part in zip(trial.outputs, full, got, strict=True):
-            if self.is_side(value, full):
-                continue
+        for value, whole, part in zip(trial.values, full, got, strict=True):
             message = _compared(trial, widths, value, whole, part, values)
             if message and mixed and tuple(part.shape) == widths.shape(trial.source, value):
                 self.mixing_seen = True
@@ -821,11 +834,15 @@ def _differences(trial: _Trial, outputs: list[Tensor], name: str, where: Tensor)
     """Which output elements ever change when an operand is changed at `where`."""
     changed = [torch.zeros(t.shape, dtype=torch.bool) for t in outputs]
     for seed in range(10, 16):
-        if seed > 11 and any(bool(c.any()) for c in changed):
-            break
-        tensor = torch.where(where, _others(trial, name, seed), trial.tensors[name])
-        found = trial.run({**trial.tensors, name: tensor})
-        for k, (a, b) in enumerate(zip(outputs, found, strict=True)):
+        tensors, before = trial.tensors, outputs
+        if seed > 11:  # nothing saw it so far: try with other operands beside it
+            if any(bool(c.any()) for c in changed):
+                break
+            tensors = {n: _others(trial, n, seed + 10) for n in trial.tensors}
+            before = trial.run(tensors)
+        tensor = torch.where(where, _others(trial, name, seed), tensors[name])
+        found = trial.run({**tensors, name: tensor})
+        for k, (a, b) in enumerate(zip(before, found, strict=True)):
             changed[k] |= _differs(a, b)
     return changed
 
@@ -876,9 +893,9 @@ def _meet(trial: _Trial, outputs: list[Tensor], a, b) -> bool:
     return False
 
 
-def _carriers(value: Value, channel: np.ndarray, one: int, unknown: bool) -> Tensor:
-    """The elements of a value that belong to a channel (any may, where nothing is known)."""
-    found = torch.full(value.shape, unknown, dtype=torch.bool)
+def _carriers(value: Value, channel: np.ndarray, one: int) -> Tensor:
+    """The elements of a value that belong to a channel."""
+    found = torch.zeros(value.shape, dtype=torch.bool)
     for layer in value.layers:
         found |= torch.from_numpy(channel[layer.ids.numpy()] == one)
     return found

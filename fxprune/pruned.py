@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,9 +52,31 @@ def _nodes(graph: fx.Graph) -> list[tuple]:
         return fx.node.map_aggregate(args, lambda a: _Ref(a.name) if isinstance(a, fx.Node) else a)
 
     return [
-        (n.op, n.name, n.target, refs(n.args), refs(n.kwargs), n.meta.get("source"))
+        (n.op, n.name, _findable(n.target), refs(n.args), refs(n.kwargs), n.meta.get("source"))
         for n in graph.nodes
     ]
+
+
+@dataclass(frozen=True)
+class _Function:
+    """A function that pickle cannot find by its qualified name, but its module has by name."""
+
+    module: str
+    name: str
+
+
+def _findable(target: Any) -> Any:
+    module, name = getattr(target, "__module__", None), getattr(target, "__name__", "")
+    local = "<locals>" in getattr(target, "__qualname__", "") and module in sys.modules
+    if local and getattr(sys.modules[module], name, None) is target:
+        return _Function(module, name)
+    return target
+
+
+def _found(target: Any) -> Any:
+    if isinstance(target, _Function):
+        return getattr(importlib.import_module(target.module), target.name)
+    return target
 
 
 def _rebuild(state: dict[str, Any], nodes: list[tuple], name: str) -> PrunedModule:
@@ -63,7 +87,7 @@ def _rebuild(state: dict[str, Any], nodes: list[tuple], name: str) -> PrunedModu
         return _map_refs(args, made)
 
     for op, node_name, target, args, kwargs, source in nodes:
-        made[node_name] = graph.create_node(op, target, back(args), back(kwargs), node_name)
+        made[node_name] = graph.create_node(op, _found(target), back(args), back(kwargs), node_name)
         made[node_name].meta["source"] = source
     root = nn.Module()
     root.__dict__.update(state)

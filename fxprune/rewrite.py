@@ -127,6 +127,7 @@ class _Writer:
             self.root[node.target] = self.tensor(name, node.meta["val"])
         else:
             self.numbers[node] = node.meta["val"]
+            self.root[node.target] = _training(self.model, node.target.rpartition(".")[0])
         self.env[node] = self.graph.create_node("get_attr", node.target, (), {}, node.name)
 
     def gathered(self, node: fx.Node) -> None:
@@ -414,10 +415,10 @@ class _Writer:
         return self.tensors[id(old)]
 
     def module(self) -> PrunedModule:
-        root: dict[str, Any] = {**self.root, **self.constants, "training": self.model.training}
+        root: dict[str, Any] = {**self.root, **self.constants}
         names = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         module = PrunedModule(
-            {k: v for k, v in root.items() if k in names or k == "training"},
+            {name: value for name, value in root.items() if name in names},
             self.graph,
             type(self.model).__name__,
         )

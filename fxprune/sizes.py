@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
+
+# told of each traced number that code turns into a plain one with ``int()``; set while tracing
+noted: Callable[[Any], None] | None = None
 
 
 class TracedInt(int):
@@ -22,8 +26,13 @@ class TracedInt(int):
         self.expr = expr
         return self
 
+    def __int__(self) -> int:
+        if noted is not None and self.expr[0] != "training":
+            noted(self)
+        return int.__int__(self)
+
     def __reduce__(self):
-        return int, (int(self),)
+        return int, (int.__int__(self),)
 
     def __deepcopy__(self, memo):
         return self
@@ -39,8 +48,13 @@ class TracedFloat(float):
         self.expr = expr
         return self
 
+    def __int__(self) -> int:
+        if noted is not None:
+            noted(self)
+        return int(float.__float__(self))
+
     def __reduce__(self):
-        return float, (float(self),)
+        return float, (float.__float__(self),)
 
     def __deepcopy__(self, memo):
         return self
@@ -61,8 +75,8 @@ def plain(value):
     if isinstance(value, TracedFlag):
         return bool(value)
     if isinstance(value, TracedInt):
-        return int(value)
-    return float(value) if isinstance(value, TracedFloat) else value
+        return int.__int__(value)
+    return float.__float__(value) if isinstance(value, TracedFloat) else value
 
 
 def traced(value, expr: tuple[Any, ...]):

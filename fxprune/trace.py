@@ -21,11 +21,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from . import sizes
 from .errors import FxpruneError, InputError, TraceError
 from .pattern import bind
 from .rules import Rules
@@ -64,6 +66,7 @@ def trace(
         _Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__
     )
     graph_module.meta["fxprune_aliases"] = tracer.aliases
+    graph_module.meta["fxprune_baked"] = list(dict.fromkeys(tracer.baked))
     return graph_module
 
 
@@ -110,17 +113,18 @@ class _Tracer(TorchFunctionMode):
         self.devices: dict[int, fx.Node] = {}
         self.tensor_constants: dict[str, torch.Tensor] = {}
         self.metas: dict[int, Any] = {}
+        self.baked: list[Source | None] = []  # where a size became a plain number
         self._name_everything()
 
     def _name_everything(self) -> None:
-        flag = TracedFlag(0, ("training",))
         self.module_names: dict[int, str] = {}
         for root in (self.model, self.original):
             for name, module in root.named_modules(remove_duplicate=False):
                 self.module_names.setdefault(id(module), name)
         for module in self.model.modules():
             leaf = self.rules.of_module(type(module)) is not None  # C++ code there wants a bool
-            module.__dict__["training"] = False if leaf else flag
+            where = f"{self.module_names[id(module)]}.training".lstrip(".")
+            module.__dict__["training"] = False if leaf else TracedFlag(0, ("training", where))
         self.tensor_names: dict[int, str] = {}
         self.aliases: dict[str, str] = {}
         self.buffers: set[int] = set()
@@ -142,12 +146,14 @@ class _Tracer(TorchFunctionMode):
             return self.call_module(call, module, args, kwargs)
 
         nn.Module.__call__ = traced_call  # type: ignore[method-assign]
+        sizes.noted = lambda number: self.baked.append(_source())
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with self:
                 yield
         finally:
             nn.Module.__call__ = call  # type: ignore[method-assign]
+            sizes.noted = None
             torch.backends.mha.set_fastpath_enabled(fast)
 
     def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -346,6 +352,8 @@ class _Tracer(TorchFunctionMode):
             return self.node_of(value)
         if isinstance(value, Traced):
             return self.number(value)
+        if isinstance(value, np.generic):
+            return value.item()
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return type(value)(*(self.nodes_of(v) for v in value))
         if isinstance(value, (tuple, list)):
@@ -392,7 +400,7 @@ class _Tracer(TorchFunctionMode):
         """The node that computes a traced number."""
         expr = value.expr
         if expr[0] == "training":
-            key: Any = "training"
+            key: Any = expr
         elif expr[0] in ("size", "numel"):
             if id(expr[1]) not in self.nodes:
                 return plain(value)
@@ -406,7 +414,7 @@ class _Tracer(TorchFunctionMode):
 
     def _number(self, value, expr) -> fx.Node:
         if expr[0] == "training":
-            node = self.create("get_attr", "training", (), {})
+            node = self.create("get_attr", expr[1], (), {})
         elif expr[0] == "size":
             node = self.create("call_method", "size", (self.nodes[id(expr[1])], expr[2]), {})
         elif expr[0] == "numel":

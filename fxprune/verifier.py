@@ -121,14 +121,13 @@ def verify_numbers(
 
 def _compare(flow, pruned, kept, widths, inputs: Inputs, dtype: torch.dtype | None) -> Verification:
     device = next((t.device for t in flow.graph.parameters()), torch.device("cpu"))
-    real = random_like(inputs, dtype=dtype, device=device)
     full, narrow = _jitters(flow, kept)
     cast = _Cast(pruned, dtype, narrow)
     reference = _Masked(flow, cast, kept, widths, full)
     with torch.no_grad():
         _run_itself(flow, pruned, inputs, device)
-        expected = _tensors(reference.run(*_arguments(flow, real)))
-        got = _tensors(cast.run(*_arguments(flow, real)))
+        expected = _tensors(reference.run(*_arguments(flow, inputs, dtype, device)))
+        got = _tensors(cast.run(*_arguments(flow, inputs, dtype, device)))
     own = dtype or next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
     worst = max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
     elements = sum(t.numel() for t in expected)
@@ -138,7 +137,7 @@ def _compare(flow, pruned, kept, widths, inputs: Inputs, dtype: torch.dtype | No
         worst,
         elements,
         str(own).removeprefix("torch."),
-        real.describe(),
+        inputs.describe(),
         names[bool(flow.mixing)],
     )
     if not worst <= _LIMITS.get(own, 5e-2):
@@ -153,9 +152,10 @@ def _run_itself(flow: Flow, pruned: fx.GraphModule, inputs: Inputs, device: torc
     """Run the module as its user will: generated code, own dtype."""
     dtype = next((p.dtype for p in pruned.parameters() if p.is_floating_point()), None)
     flags = {module: module.training for module in pruned.modules()}
+    buffers = {name: b.clone() for name, b in pruned.named_buffers(remove_duplicate=False)}
     pruned.eval()
     try:
-        pruned(*_arguments(flow, random_like(inputs, dtype=dtype, device=device)))
+        functional_call(pruned, buffers, tuple(_arguments(flow, inputs, dtype, device)))
     except Exception as error:
         raise VerificationError(
             f"the pruned network does not run: {type(error).__name__}: {error}",
@@ -166,8 +166,11 @@ def _run_itself(flow: Flow, pruned: fx.GraphModule, inputs: Inputs, device: torc
             module.training = flag
 
 
-def _arguments(flow: Flow, real: Inputs) -> list[Any]:
-    """The inputs in the order of the graph's placeholders."""
+def _arguments(
+    flow: Flow, inputs: Inputs, dtype: torch.dtype | None, device: torch.device
+) -> list[Any]:
+    """Fresh copies of the inputs, in the order of the graph's placeholders."""
+    real = random_like(inputs, dtype=dtype, device=device)
     leaves = iter([*real.args, *real.kwargs.values()])
     return [next(leaves, n.meta["val"]) for n in flow.graph.graph.nodes if n.op == "placeholder"]
 
@@ -240,7 +243,8 @@ class _Cast(fx.Interpreter):
         return found if noise is None else found + noise.to(found)
 
     def fetch_attr(self, target: str) -> Any:
-        return False if target == "training" else self.tensor(target, super().fetch_attr(target))
+        flag = target.rpartition(".")[2] == "training"
+        return False if flag else self.tensor(target, super().fetch_attr(target))
 
     def call_module(self, target, args, kwargs):
         module = self.module.get_submodule(target)
@@ -390,5 +394,3 @@ def _opened(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _opened(item) for key, item in value.items()}
     return value
-
-

@@ -16,10 +16,9 @@ from torch import nn
 pytest.importorskip("torchvision")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import common, prune_time  # noqa: E402
-from benchmarks import torchvision_table as table  # noqa: E402
-
-import fxprune  # noqa: E402
+import fxprune
+from benchmarks import common, prune_time
+from benchmarks import torchvision_table as table
 
 SMALL = {
     "resnet18": (2, 3, 64, 64),
@@ -72,7 +71,12 @@ def sound() -> table.Case:
 
 def tampered(case: table.Case) -> table.Case:
     """The case with a copy of its pruned network and a result of its own."""
-    return table.Case(case.model, copy.deepcopy(case.pruned), case.x, table.Result(case.result.name, reference="masked"))
+    return table.Case(
+        case.model,
+        copy.deepcopy(case.pruned),
+        case.x,
+        table.Result(case.result.name, reference="masked"),
+    )
 
 
 def test_swapped_channels_are_noticed(sound):
@@ -91,7 +95,7 @@ def test_norms_that_forget_to_train_are_noticed(sound):
     case = tampered(sound)
     norm = next(m for m in case.pruned.modules() if isinstance(m, nn.BatchNorm2d))
     norm.forward = lambda x: nn.functional.batch_norm(x, norm.running_mean, norm.running_var)
-    with pytest.raises(table.Failed, match="1 of .* normalisations do not move"):
+    with pytest.raises(table.Failed, match=r"1 of \d+ normalisations do not move"):
         table.modes(case)
 
 
