@@ -318,7 +318,7 @@ def modes(case: Case) -> None:
     """In eval() the output is a function of the input and statistics rest; in train() statistics
     move, and dropout and stochastic depth draw."""
     net = copy.deepcopy(case.pruned).eval()
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms: list[Any] = [m for m in net.modules() if isinstance(m, common.BATCH_NORM)]
     means = [norm.running_mean.clone() for norm in norms]
     require(same(outputs(net, case.x), outputs(net, case.x)), "two runs in eval() differ")
     require(same(means, [norm.running_mean for norm in norms]), "statistics move in eval()")

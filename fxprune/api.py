@@ -229,7 +229,8 @@ def _verified(
     if verify == "shapes" or on_meta:
         return Verification(True)
     widths = Widths(analysis.flow, kept)
-    return verify_numbers(analysis.flow, pruned, plan.kept, widths, analysis.inputs)
+    flow, inputs = analysis.flow, analysis.inputs
+    return verify_numbers(analysis.model, flow, pruned, plan.kept, widths, inputs)
 
 
 def verify(

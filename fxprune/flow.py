@@ -451,15 +451,16 @@ class _Run:
         self, node: fx.Node, use: Use, layer: Layer, dims: set[int], weight: bool
     ) -> Layer | None:
         gone = set(layer.varying) & dims
+        zero = layer.zero and use.rule.zero != "no"
         if not gone:
-            return layer
+            return Layer(layer.ids, zero, layer.origin)
         rest = set(layer.varying) - dims
         if rest:  # whole runs along the reduced dims come and go with each channel of the rest
             ids = layer.ids
             for d in gone:
                 ids = ids.narrow(d, 0, 1)
             self.ids.tie(node, layer.ids, ids)
-            return Layer(ids, layer.zero)
+            return Layer(ids, zero)
         if not (use.rule.additive and layer.zero):
             self.mixes(node, [layer.ids], "norms" if weight else "all")
         return layer if use.rule.keeps_dims else None
@@ -604,8 +605,21 @@ class _Run:
         values = [v for v in values if len(v.shape) == len(shape) - use.rule.new_dim]
         if use.rule.new_dim:
             values = [_unsqueezed(v, dim) for v in values]
+            rows = [_as_row(v, dim) for v in values]
+            if all(rows) and len({row.varying for row in rows if row}) == 1:
+                return self._stacked(node, shape, dim, rows, all(v.weight for v in values))
         layers = [*self._across(node, values, dim), *self._joined(node, values, dim)]
         return self.made(shape, layers, all(v.weight for v in values))
+
+    def _stacked(
+        self, node: fx.Node, shape: tuple[int, ...], dim: int, rows: list[Any], weight: bool
+    ) -> Value:
+        """Pieces side by side, each a row of channels of its own."""
+        ids = movement.join([row.ids for row in rows], [1] * len(rows), dim)
+        if len(rows) > 1:
+            self.ids.split(node, ids)
+        zero = all(row.zero for row in rows)
+        return self.made(shape, [Layer(ids, zero, ids.squeeze())], weight)
 
     def _across(self, node: fx.Node, values: list[Value], dim: int) -> list[Layer]:
         """Layers that do not vary along the joined dim: the pieces share those channels."""
@@ -702,6 +716,13 @@ def _lift(layer: Layer, rank: int) -> Layer:
 
 def _joint_shape(values: list[Value]) -> tuple[int, ...]:
     return tuple(torch.broadcast_shapes(*(v.shape for v in values)))
+
+
+def _as_row(value: Value, dim: int) -> Layer | None:
+    """The one layer of a piece that is stacked before its channels, which makes it a row."""
+    if len(value.layers) != 1 or len(value.layers[0].varying) != 1:
+        return None
+    return value.layers[0] if dim < value.layers[0].varying[0] else None
 
 
 def _unsqueezed(value: Value, dim: int) -> Value:

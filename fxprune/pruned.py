@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .plans import Plan
@@ -49,7 +50,7 @@ def _nodes(graph: fx.Graph) -> list[tuple]:
     """The graph as plain data: nodes with references by name."""
 
     def refs(args: Any) -> Any:
-        return fx.node.map_aggregate(args, lambda a: _Ref(a.name) if isinstance(a, fx.Node) else a)
+        return fx.node.map_aggregate(args, _referred)
 
     return [
         (n.op, n.name, _findable(n.target), refs(n.args), refs(n.kwargs), n.meta.get("source"))
@@ -59,10 +60,16 @@ def _nodes(graph: fx.Graph) -> list[tuple]:
 
 @dataclass(frozen=True)
 class _Function:
-    """A function that pickle cannot find by its qualified name, but its module has by name."""
+    """What pickle cannot write, but a module has by name."""
 
     module: str
     name: str
+
+
+def _referred(arg: Any) -> Any:
+    if isinstance(arg, (torch.memory_format, torch.layout)):
+        return _Function("torch", str(arg).rpartition(".")[2])
+    return _Ref(arg.name) if isinstance(arg, fx.Node) else arg
 
 
 def _findable(target: Any) -> Any:
@@ -101,6 +108,8 @@ def _rebuild(state: dict[str, Any], nodes: list[tuple], name: str) -> PrunedModu
 def _map_refs(args: Any, made: dict[str, fx.Node]) -> Any:
     if isinstance(args, _Ref):
         return made[args.name]
+    if isinstance(args, _Function):
+        return _found(args)
     if isinstance(args, tuple):
         items = [_map_refs(a, made) for a in args]
         return type(args)(*items) if hasattr(args, "_fields") else tuple(items)

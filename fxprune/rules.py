@@ -37,7 +37,7 @@ class Sample(BaseModel):
 
     ``{positive: shape}`` and ``unit``, ``share``, ``above_one``   random numbers in a range
     ``{index: n, shape: shape}``, ``{bool: shape}``   random whole numbers below n, or flags
-    ``{places: shape}``   places of maxima, as pools give them
+    ``{places: shape}``, ``{complex: shape}``   places of maxima as pools give them, complex numbers
     ``{tensor: data}``, ``{plain: value}``, ``{text: word}``, ``{dtype: name}``   fixed values
     ``{at: ":, 1:3"}``   an index
     ``{list: inputs}``, ``{tuple: inputs}``   several in one argument

@@ -243,7 +243,7 @@ class _Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.inside:
+        if self.inside or _is_decomposition(sys._getframe(1).f_code.co_filename):
             return self.evaluate(func, args, kwargs)
         name = getattr(func, "__name__", "")
         if name in _EVALUATED and isinstance(args[0], torch.Tensor):
@@ -478,6 +478,16 @@ class _Tracer(TorchFunctionMode):
         node = self.create("call_function", cls, args, kwargs)
         node.meta["val"] = value
         return node
+
+
+_DECOMPOSITIONS = tuple(
+    f"{_TORCH}{name}" for name in ("_refs", "_prims", "_decomp", "_meta_registrations", "_inductor")
+)
+
+
+def _is_decomposition(file: str) -> bool:
+    """Whether a call comes from Python code that torch runs for an op on the meta device."""
+    return file.startswith(_DECOMPOSITIONS)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

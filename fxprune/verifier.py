@@ -1,40 +1,38 @@
 """Step `verify`: proof that the new graph computes the masked old one.
 
-Shapes are proven by running the new graph on the meta device. Numbers are compared on one input, in
-float64: the pruned network against the original with every dropped element of every parameter set
+Shapes are proven by running the new graph on the meta device. Numbers are compared on one input:
+the traced graph against the model's own forward in its own dtype, and in float64 the pruned network against the original with every dropped element of every parameter set
 to zero. Parameters that are constant (a zero-initialised layer) get the same noise in both. Where a
 normalisation takes statistics over channels that went, the reference normalises over the kept ones.
 """
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .check import tensors_of
 from .errors import VerificationError
 from .flow import Flow
-from .ids import Value
 from .inputs import Inputs, random_like
 from .plans import Kept
+from .reference import Cast, Masked, jitters
 from .rules import current
-from .trace import OnMeta, unchanged_shape
-from .widths import Widths, gather
+from .trace import OnMeta, skeleton, unchanged_shape
+from .widths import Widths
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared. ``difference`` is the largest, relative to the largest reference value."""
+    """What was compared. ``difference`` is the largest, relative to the largest reference value;
+    ``note`` says why numbers were not compared."""
 
     shapes: bool
     difference: float | None = None
@@ -42,10 +40,11 @@ class Verification:
     dtype: str = ""
     input: str = ""
     reference: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         if self.difference is None:
-            return "shapes proven; numbers not compared"
+            return "shapes proven; numbers not compared" + (f": {self.note}" if self.note else "")
         what = f"{self.elements} outputs on {self.input} ({self.dtype})"
         worst = f"at most {self.difference:.1e} of the largest"
         return f"shapes proven; {what} differ from the {self.reference} by {worst}"
@@ -99,80 +98,113 @@ class _Shapes(fx.Interpreter):
 
 
 def verify_numbers(
+    model: nn.Module,
     flow: Flow,
     pruned: fx.GraphModule,
     kept: Mapping[str, dict[int, Kept]],
     widths: Widths,
     inputs: Inputs,
 ) -> Verification:
-    """Compare the pruned network with its reference; `VerificationError` if they differ."""
-    errors: list[Exception] = []
-    for dtype in (torch.float64, None):
-        try:
-            return _compare(flow, pruned, kept, widths, inputs, dtype)
-        except VerificationError:
-            raise
-        except RuntimeError as error:  # code that fixes a dtype does not run in another
-            errors.append(error)
-    raise VerificationError(
-        f"the original or the pruned network does not run: {errors[-1]}"
-    ) from errors[-1]
-
-
-def _compare(flow, pruned, kept, widths, inputs: Inputs, dtype: torch.dtype | None) -> Verification:
-    device = next((t.device for t in flow.graph.parameters()), torch.device("cpu"))
-    full, narrow = _jitters(flow, kept)
-    cast = _Cast(pruned, dtype, narrow)
-    reference = _Masked(flow, cast, kept, widths, full)
+    """Compare model, traced graph and pruned network; `VerificationError` where two differ."""
+    run = _Run(model, flow, pruned, kept, widths, inputs)
     with torch.no_grad():
-        _run_itself(flow, pruned, inputs, device)
-        expected = _tensors(reference.run(*_arguments(flow, inputs, dtype, device)))
-        got = _tensors(cast.run(*_arguments(flow, inputs, dtype, device)))
-    own = dtype or next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
-    worst = max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
-    elements = sum(t.numel() for t in expected)
-    names = {True: "original normalised over the kept channels", False: "masked original"}
-    result = Verification(
-        True,
-        worst,
-        elements,
-        str(own).removeprefix("torch."),
-        inputs.describe(),
-        names[bool(flow.mixing)],
-    )
-    if not worst <= _LIMITS.get(own, 5e-2):
+        if run.model_is_random():
+            return Verification(True, note="the network draws random numbers")
+        run.pruned_itself()
+        errors: list[Exception] = []
+        for dtype in (torch.float64, None):
+            try:
+                return run.compare(dtype)
+            except RuntimeError as error:  # code that fixes a dtype does not run in another
+                errors.append(error)
+    fault = f"the original or the pruned network does not run: {errors[-1]}"
+    raise VerificationError(fault) from errors[-1]
+
+
+@dataclass(frozen=True)
+class _Run:
+    model: nn.Module
+    flow: Flow
+    pruned: fx.GraphModule
+    kept: Mapping[str, dict[int, Kept]]
+    widths: Widths
+    inputs: Inputs
+
+    @property
+    def device(self) -> torch.device:
+        return next((t.device for t in self.model.parameters()), torch.device("cpu"))
+
+    def real(self, dtype: torch.dtype | None = None) -> Inputs:
+        """Fresh copies of the inputs; in the model's dtype unless another is given."""
+        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None)
+        return random_like(self.inputs, dtype=dtype or own, device=self.device)
+
+    def arguments(self, dtype: torch.dtype | None = None) -> list[Any]:
+        """The inputs in the order of the graph's placeholders."""
+        real = self.real(dtype)
+        leaves = iter([*real.args, *real.kwargs.values()])
+        nodes = self.flow.graph.graph.nodes
+        return [next(leaves, n.meta["val"]) for n in nodes if n.op == "placeholder"]
+
+    def model_is_random(self) -> bool:
+        """Check that the traced graph is the model; true if the model differs from itself."""
+        first = self.model_once()
+        graph = Cast(self.flow.graph, None, lambda name: None).run(*self.arguments())
+        worst = _worst(first, _tensors(graph))
+        if worst <= 1e-3:
+            return False
+        if _worst(first, self.model_once()) > 0:
+            return True
         raise VerificationError(
-            f"the pruned network differs from the {result.reference} by {worst:.2e} of its largest",
-            hint="this is a defect of fxprune or of a rule; a dump (dump=) shows every step",
+            f"the traced graph differs from the model by {worst:.2e} of its largest output",
+            hint="forward runs code that the tracer does not see right; please report it",
         )
-    return result
+
+    def model_once(self) -> list[Tensor]:
+        """The original's own forward in eval mode, on a copy that shares its parameters."""
+        copy = skeleton(self.model).eval()
+        buffers = {name: b.clone() for name, b in copy.named_buffers(remove_duplicate=False)}
+        real = self.real()
+        return _tensors(functional_call(copy, buffers, real.args, real.kwargs))
+
+    def pruned_itself(self) -> None:
+        """Run the module as its user will: generated code, own dtype."""
+        pruned = self.pruned
+        flags = {module: module.training for module in pruned.modules()}
+        buffers = {name: b.clone() for name, b in pruned.named_buffers(remove_duplicate=False)}
+        pruned.eval()
+        try:
+            functional_call(pruned, buffers, tuple(self.arguments()))
+        except Exception as error:
+            raise VerificationError(
+                f"the pruned network does not run: {type(error).__name__}: {error}",
+                hint="this is a defect of fxprune; please report it with the dump",
+            ) from error
+        finally:
+            for module, flag in flags.items():
+                module.training = flag
+
+    def compare(self, dtype: torch.dtype | None) -> Verification:
+        """The pruned network against the masked original, in this dtype."""
+        full, narrow = jitters(self.flow, self.kept)
+        cast = Cast(self.pruned, dtype, narrow)
+        reference = Masked(self.flow, cast, self.kept, self.widths, full)
+        expected = _tensors(reference.run(*self.arguments(dtype)))
+        worst = _worst(expected, _tensors(cast.run(*self.arguments(dtype))))
+        own = dtype or next((t.dtype for t in expected if t.is_floating_point()), torch.float32)
+        kind = "original normalised over the kept channels" if reference.laid else "masked original"
+        if not worst <= _LIMITS.get(own, 5e-2):
+            raise VerificationError(
+                f"the pruned network differs from the {kind} by {worst:.2e} of its largest output",
+                hint="this is a defect of fxprune or of a rule; a dump (dump=) shows every step",
+            )
+        elements = sum(t.numel() for t in expected)
+        name = str(own).removeprefix("torch.")
+        return Verification(True, worst, elements, name, self.inputs.describe(), kind)
 
 
-def _run_itself(flow: Flow, pruned: fx.GraphModule, inputs: Inputs, device: torch.device) -> None:
-    """Run the module as its user will: generated code, own dtype."""
-    dtype = next((p.dtype for p in pruned.parameters() if p.is_floating_point()), None)
-    flags = {module: module.training for module in pruned.modules()}
-    buffers = {name: b.clone() for name, b in pruned.named_buffers(remove_duplicate=False)}
-    pruned.eval()
-    try:
-        functional_call(pruned, buffers, tuple(_arguments(flow, inputs, dtype, device)))
-    except Exception as error:
-        raise VerificationError(
-            f"the pruned network does not run: {type(error).__name__}: {error}",
-            hint="this is a defect of fxprune; please report it with the dump",
-        ) from error
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
-
-
-def _arguments(
-    flow: Flow, inputs: Inputs, dtype: torch.dtype | None, device: torch.device
-) -> list[Any]:
-    """Fresh copies of the inputs, in the order of the graph's placeholders."""
-    real = random_like(inputs, dtype=dtype, device=device)
-    leaves = iter([*real.args, *real.kwargs.values()])
-    return [next(leaves, n.meta["val"]) for n in flow.graph.graph.nodes if n.op == "placeholder"]
+def _worst(expected: list[Tensor], got: list[Tensor]) -> float:
+    return max((_difference(a, b) for a, b in zip(expected, got, strict=True)), default=0.0)
 
 
 def _difference(expected: Tensor, got: Tensor) -> float:
@@ -190,193 +222,6 @@ def _difference(expected: Tensor, got: Tensor) -> float:
     scale = float(expected[both].abs().max()) if both.any() else 0.0
     gap = float((expected[both] - got[both]).abs().max()) if both.any() else 0.0
     return gap / scale if scale > 0 else gap
-
-
-Jitter = Callable[[str], "Tensor | None"]
-
-
-def _jitters(flow: Flow, kept: Mapping[str, dict[int, Kept]]) -> tuple[Jitter, Jitter]:
-    """Noise for parameters that are constant, in the original's and in the pruned shape.
-
-    Behind a layer that starts as all zeros nothing could be told apart; both networks get the same
-    noise there, so that the comparison depends on every layer.
-    """
-    aliases: dict[str, str] = flow.graph.meta.get("fxprune_aliases", {})
-    tensors = tensors_of(flow.graph)
-
-    @cache
-    def full(name: str) -> Tensor | None:
-        name = aliases.get(name, name)
-        value = tensors.get(name)
-        if value is None or not value.is_floating_point() or not _constant(value):
-            return None
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-        size = max(abs(float(value.flatten()[0])), 0.2)
-        return (torch.rand(value.shape, generator=generator, dtype=torch.float64) - 0.5) * size
-
-    def narrow(name: str) -> Tensor | None:
-        noise = full(name)
-        return None if noise is None else gather(noise, kept.get(aliases.get(name, name), {}))
-
-    return full, narrow
-
-
-def _constant(value: Tensor) -> bool:
-    flat = value.detach().flatten()
-    if flat.numel() < 2 or not bool((flat[:64] == flat[0]).all()):
-        return False
-    return bool((flat == flat[0]).all())
-
-
-class _Cast(fx.Interpreter):
-    """Runs a graph in eval mode with every parameter cast to one dtype on the way, none changed."""
-
-    def __init__(self, module: fx.GraphModule, dtype: torch.dtype | None, jitter: Jitter):
-        super().__init__(module, garbage_collect_values=True)
-        self.dtype, self.jitter = dtype, jitter
-
-    def tensor(self, name: str, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value.clone() if isinstance(value, Tensor) else value
-        found = value.detach().to(self.dtype or value.dtype, copy=True)
-        noise = self.jitter(name)
-        return found if noise is None else found + noise.to(found)
-
-    def fetch_attr(self, target: str) -> Any:
-        flag = target.rpartition(".")[2] == "training"
-        return False if flag else self.tensor(target, super().fetch_attr(target))
-
-    def call_module(self, target, args, kwargs):
-        module = self.module.get_submodule(target)
-        own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        state = {name: self.tensor(f"{target}.{name}", value) for name, value in own.items()}
-        was = module.training
-        module.training = False
-        try:
-            return functional_call(module, state, args, kwargs)
-        finally:
-            module.training = was
-
-
-class _Masked(_Cast):
-    """The original with dropped elements of its parameters zeroed."""
-
-    def __init__(
-        self,
-        flow: Flow,
-        pruned: _Cast,
-        kept: Mapping[str, dict[int, Kept]],
-        widths: Widths,
-        jitter: Jitter,
-    ):
-        super().__init__(flow.graph, pruned.dtype, jitter)
-        self.flow, self.kept, self.widths = flow, kept, widths
-        self.aliases: dict[str, str] = flow.graph.meta.get("fxprune_aliases", {})
-        self.narrow = {n.name: n for n in pruned.graph.nodes}
-        self.pruned = pruned
-
-    def tensor(self, name: str, value: Any) -> Any:
-        found = super().tensor(name, value)
-        kept = self.kept.get(self.aliases.get(name, name))
-        return mask(found, kept) if kept else found
-
-    def run_node(self, n: fx.Node) -> Any:
-        twin = self.narrow.get(n.name)
-        if n in self.flow.mixing and twin is not None and self._shrinks(n):
-            return self._over_kept(n, twin)
-        found = super().run_node(n)
-        value = self.flow.values.get(n)
-        if (
-            isinstance(value, Value)
-            and value.weight
-            and isinstance(found, Tensor)
-            and n.op != "get_attr"
-        ):
-            # what a weight is computed from may be divided by its own norm: 0 / 0 is no weight
-            keep = self._mask(value, found.shape).to(found.device)
-            return torch.where(keep, found, torch.zeros_like(found))
-        return found
-
-    def _shrinks(self, n: fx.Node) -> bool:
-        return any(self.widths.changed(self.widths.value(o)) for o in n.all_input_nodes)
-
-    def _over_kept(self, n: fx.Node, twin: fx.Node) -> Any:
-        """The op over the kept channels alone, laid back into a full tensor of zeros."""
-        args, kwargs = fx.node.map_aggregate(
-            (n.args, n.kwargs), lambda a: self._taken(a) if isinstance(a, fx.Node) else a
-        )
-        literals = (twin.args, twin.kwargs)
-        args, kwargs = _merge((args, kwargs), (n.args, n.kwargs), literals)
-        found = getattr(self.pruned, n.op)(twin.target, args, kwargs)
-        values = pytree.tree_leaves(self.flow.values[n], is_leaf=lambda v: isinstance(v, Value))
-        leaves, spec = pytree.tree_flatten(found)
-        laid = [
-            self._laid(n, v, t) if isinstance(t, Tensor) else t
-            for v, t in zip(values, leaves, strict=True)
-        ]
-        return pytree.tree_unflatten(laid, spec)
-
-    def _mask(self, value: Value, shape) -> Tensor:
-        mask_ = torch.ones(tuple(shape), dtype=torch.bool)
-        for layer in self.widths.layers(value):
-            mask_ &= self.widths.kept[layer.ids]
-        return mask_
-
-    def _taken(self, node: fx.Node) -> Any:
-        found, value = self.env[node], self.flow.values.get(node)
-        if not isinstance(value, Value) or not isinstance(found, Tensor):
-            return found
-        return found[self._mask(value, found.shape).to(found.device)].reshape(
-            self.widths.shape(node, value)
-        )
-
-    def _laid(self, n: fx.Node, value: Value, found: Tensor) -> Tensor:
-        full = torch.zeros(value.shape, dtype=found.dtype, device=found.device)
-        full[self._mask(value, value.shape).to(found.device)] = found.reshape(-1)
-        return full
-
-
-def _merge(run: Any, old: Any, new: Any) -> Any:
-    """Tensors as computed, everything else as written in the new graph."""
-    if isinstance(old, fx.Node):
-        return run if isinstance(run, Tensor) else new if not isinstance(new, fx.Node) else run
-    if isinstance(old, (tuple, list)) and isinstance(new, (tuple, list)) and len(old) == len(new):
-        return type(old)(_merge(r, o, n) for r, o, n in zip(run, old, new, strict=True))
-    if isinstance(old, dict):
-        return {
-            key: _merge(run[key], old[key], new[key]) if key in old else new[key] for key in new
-        }
-    return new
-
-
-def mask(tensor: Tensor, kept: dict[int, Kept]) -> Tensor:
-    """The tensor with everything but the kept indices set to zero."""
-    keep = torch.zeros(tensor.shape, dtype=torch.bool)
-    blocks = next((rows for rows in kept.values() if rows and isinstance(rows[0], list)), None)
-    if blocks is None:
-        keep[...] = True
-        for dim, rows in kept.items():
-            line = torch.zeros(tensor.shape[dim], dtype=torch.bool)
-            line[rows] = True
-            keep &= line.view([-1 if d == dim else 1 for d in range(tensor.ndim)])
-    else:
-        _keep_blocks(keep, kept, len(blocks))
-    return tensor * keep.to(tensor.device)
-
-
-def _keep_blocks(keep: Tensor, kept: dict[int, Kept], left: int) -> None:
-    own = {dim: rows for dim, rows in kept.items() if isinstance(rows[0], list)}
-    first = kept.get(0, list(range(keep.shape[0])))
-    size = len(first) // left
-    for b in range(left):
-        rows = first[b * size : (b + 1) * size]
-        part = torch.ones((len(rows), *keep.shape[1:]), dtype=torch.bool)
-        for dim, lists in kept.items():
-            if dim != 0:
-                line = torch.zeros(keep.shape[dim], dtype=torch.bool)
-                line[lists[b] if dim in own else lists] = True
-                part &= line.view([-1 if d == dim else 1 for d in range(keep.ndim)])
-        keep[torch.tensor(rows)] = part
 
 
 def _meta(value: Any) -> Any:

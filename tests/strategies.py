@@ -135,10 +135,9 @@ class InPlace(Block):
 
     def forward(self, x):
         h = self.a(x)
-        h.relu_()
-        h += self.b(x)
-        h.mul_(0.5).add_(h)
-        h *= torch.sigmoid(self.b(x))
+        h.add_(self.b(x)).mul_(0.5)
+        h += 0.25 * h
+        h = h * torch.sigmoid_(self.b(x))
         return F.leaky_relu_(h, 0.1)
 
 
@@ -623,8 +622,9 @@ class PartialAssign(Block):
         self.conv = conv(3, 3)
 
     def forward(self, x):
-        y = self.pre(x).clone()
-        y[:, :3] = self.conv(y[:, :3])
+        x = self.pre(x)
+        y = x.clone()
+        y[:, :3] = self.conv(x[:, :3])
         return y
 
 
@@ -822,6 +822,8 @@ class RepeatInterleave(Block):
 class LiteralView(Block):
     """Sizes written as numbers."""
 
+    mixes = "all"  # the Linear's outputs are pixels that can go, over which a later mean runs
+
     def make(self, dice, c, side):
         self.out = any_width(dice)
         self.pre, self.fc = conv_bn_act(c, self.out, 1), nn.Linear(side * side, side * side)
@@ -883,6 +885,8 @@ class Decoder(Block):
 
 class Windows(Block):
     """Pictures cut to windows and put together again, channels last."""
+
+    mixes = "all"  # as in LiteralView
 
     def make(self, dice, c, side):
         self.out = any_width(dice)

@@ -379,8 +379,8 @@ def test_processes_choose_the_same() -> None:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_networks_are_alive(seed: int) -> None:
-    """The networks drawn are worth the laws: their outputs are finite and follow the input, and a
-    wrong slice shows."""
+    """The networks drawn are worth the laws: their outputs are finite and follow the input, a wrong
+    slice shows, and they train."""
     network = draw_network(seed)
     net, (x,) = network.build(), network.inputs()
     plain = outputs(net, (x,))
@@ -390,3 +390,4 @@ def test_networks_are_alive(seed: int) -> None:
     pruned = pruned_by(net, (x,), replace(draw_choice(seed), rate=0.5, select_by="rate", round_to=1))
     if pruned is not None and pruned.fxprune.plan.removed:
         assert difference(plain, outputs(pruned, (x,))) > 1e-6
+    check_trains(net, (x,))

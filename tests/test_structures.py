@@ -1215,3 +1215,732 @@ def test_half_of_the_channels_go_exactly(name):
 def test_a_third_of_the_channels_goes_exactly(name):
     """A rate that divides nothing evenly."""
     check(ALL[name], 0.3)
+
+
+# -- literals of the graph -------------------------------------------------------------------------
+
+
+def pruned_case(name: str, rate: float = 0.5) -> Any:
+    case = ALL[name]
+    return fxprune.prune(case.build(), case.args(), criterion="l1", rate=rate, mixing=case.mixing)
+
+
+def calls(pruned: Any, *names: str) -> list[Any]:
+    """The nodes that call a function or method of one of these names."""
+    found = []
+    for node in pruned.graph.nodes:
+        target = (
+            node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        )
+        if node.op in ("call_function", "call_method") and target in names:
+            found.append(node)
+    return found
+
+
+def call(pruned: Any, *names: str) -> Any:
+    (node,) = calls(pruned, *names)
+    return node
+
+
+def constant(pruned: Any, node: Any) -> list[int]:
+    """The positions in a constant tensor that a node reads."""
+    (read,) = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    return getattr(pruned, read.target).tolist()
+
+
+def kept_of(pruned: Any, name: str, dim: int = 0) -> list[int]:
+    return pruned.fxprune.plan.kept[name][dim]
+
+
+def test_split_sizes_are_rewritten():
+    pruned = pruned_case("split_literal")
+    kept = kept_of(pruned, "a.weight")
+    first = sum(k < 4 for k in kept)
+    assert list(call(pruned, "split").args[1]) == [first, 6 - first]
+    assert pruned.get_submodule("b").in_channels == first
+
+
+def test_an_equal_split_becomes_a_list_where_pieces_differ():
+    """Ten channels cut by fours: 4, 4 and 2; the pieces keep what was chosen in each."""
+    pruned = pruned_case("split_by_int")
+    kept = kept_of(pruned, "a.weight")
+    sizes = [sum(low <= k < low + 4 for k in kept) for low in (0, 4, 8)]
+    given = call(pruned, "split").args[1]
+    if isinstance(given, int):
+        assert [given] * (len(sizes) - 1) == sizes[:-1] and sizes[-1] <= given
+    else:
+        assert list(given) == sizes
+
+
+def test_chunk_becomes_split_where_halves_differ():
+    model = nn.Sequential(conv(3, 8), Chunked(), conv(6, 2))
+    with torch.no_grad():
+        model[0].weight[:4] *= 0.01  # the first half goes
+    pruned = fxprune.prune(randomised_but(model), (image_of(3),), criterion="l1", rate=0.25)
+    assert not calls(pruned, "chunk")
+    assert list(call(pruned, "split").args[1]) == [2, 4]
+
+
+class Chunked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.p, self.q = conv(4, 6), conv(4, 6)
+
+    def forward(self, x):
+        p, q = x.chunk(2, 1)
+        return self.p(p) + self.q(q)
+
+
+def randomised_but(model: nn.Module) -> nn.Module:
+    return model.double().eval()
+
+
+def image_of(channels: int, side: int = 8, batch: int = 2) -> Tensor:
+    return real(Shape((batch, channels, side, side)))
+
+
+def test_a_chunk_into_equal_halves_stays():
+    pruned = pruned_case("chunk_gate")
+    assert calls(pruned, "chunk") and not calls(pruned, "split")
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "sizes"),
+    [
+        ("view_baked", "view", (-1, 64)),
+        ("alexnet_view", "view", (None, 144)),
+        ("linear_to_picture", "view", (None, 4, 4, 4)),
+        ("generator", "view", (-1, 8, 4, 4)),
+        ("linears_with_a_reshape", "reshape", (-1, 16)),
+        ("reshape_baked", "reshape", (None, 4, -1)),
+        ("shape_in_an_attribute", "view", (4, 1, 1)),
+    ],
+)
+def test_view_sizes_are_rewritten(name, method, sizes):
+    """None stands for a size that the graph computes."""
+    node = call(pruned_case(name), method)
+    given = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    assert tuple(g if isinstance(g, int) else None for g in given) == sizes
+
+
+def test_ssd_head_keeps_its_boxes():
+    """Nothing of a head's literals changes: its outputs are the network's."""
+    pruned = pruned_case("ssd_head")
+    shapes = [n.args[1:] for n in calls(pruned, "reshape")]
+    assert shapes[0][1:3] == (-1, 5) and shapes[1][1:] == (-1, 5)
+
+
+def test_heads_are_rewritten():
+    view = calls(pruned_case("heads_baked"), "reshape")
+    assert view[0].args[3:] == (3, 3, 2) and view[1].args[3] == 6
+
+
+def test_slice_bounds_are_rewritten():
+    pruned = pruned_case("half_is_dropped")
+    kept = kept_of(pruned, "a.weight")
+    part = call(pruned, "getitem").args[1][1]
+    assert part == slice(None, sum(k < 4 for k in kept), None)
+
+
+def test_slice_bounds_on_both_sides():
+    pruned = pruned_case("dual_path")
+    kept = kept_of(pruned, "a.weight")
+    bounds = [n.args[1][1] for n in calls(pruned, "getitem")]
+    assert bounds[0] == slice(None, sum(k < 8 for k in kept), None)
+    starts = [b.start for b in bounds if b.start is not None]
+    assert sum(k < 10 for k in kept) in starts
+
+
+def test_a_strided_slice_gathers():
+    pruned = pruned_case("strided_slice")
+    kept = kept_of(pruned, "a.weight")
+    positions = constant(pruned, call(pruned, "index_select"))
+    assert positions == [i for i, k in enumerate(kept) if k % 2 == 0]
+
+
+@pytest.mark.parametrize("name", ["index_selected", "permuted_by_buffer"])
+def test_index_buffers_are_rewritten(name):
+    pruned, index = pruned_case(name), ALL[name].parts["index"].tolist()
+    kept = kept_of(pruned, "a.weight")
+    expected = [kept.index(i) for i in index if i in kept]
+    assert constant(pruned, call(pruned, "index_select")) == expected
+
+
+def test_flips_need_no_rewriting():
+    pruned = pruned_case("flipped_channels")
+    assert call(pruned, "flip") and not calls(pruned, "index_select")
+
+
+def test_a_roll_of_channels_gathers():
+    """Three places in eight are not three places in four."""
+    pruned = pruned_case("rolled_channels")
+    kept = kept_of(pruned, "a.weight")
+    order = [(i - 3) % 8 for i in range(8)]
+    assert constant(pruned, call(pruned, "index_select")) == [
+        kept.index(i) for i in order if i in kept
+    ]
+
+
+def test_a_roll_of_rows_stays():
+    assert call(pruned_case("rolled_rows"), "roll").args[1:] == ((1, 2), (2, 3))
+
+
+@pytest.mark.parametrize("name", ["shuffle_by_hand", "shuffle_module", "shuffle_reshape"])
+def test_a_shuffle_delivers_the_right_order(name):
+    """Whether it stays a shuffle or becomes one gather: channel i of the readers is channel i."""
+    pruned = pruned_case(name, rate=0.3)
+    groups = 2 if name == "shuffle_by_hand" else 3
+    width = ALL[name].parts["a"].out_channels
+    order = torch.arange(width).view(groups, -1).t().reshape(-1).tolist()
+    kept = kept_of(pruned, "a.weight")
+    assert kept_of(pruned, "b.weight", 1) == [i for i, k in enumerate(order) if k in kept]
+
+
+def test_pad_amounts_are_rewritten():
+    pruned = pruned_case("option_a_shortcut")
+    kept = kept_of(pruned, "b.weight")
+    assert list(call(pruned, "pad").args[1]) == [
+        0,
+        0,
+        0,
+        0,
+        sum(k < 4 for k in kept),
+        sum(k >= 12 for k in kept),
+    ]
+
+
+def test_zeros_are_made_narrower():
+    pruned = pruned_case("zero_padded_shortcut")
+    got = pruned(*ALL["zero_padded_shortcut"].args())
+    assert got.shape == (2, 2, 8, 8) and pruned.get_submodule("b").out_channels == 6
+
+
+def test_unflattened_sizes_are_rewritten():
+    pruned = pruned_case("unflatten_module")
+    assert tuple(pruned.get_submodule("u").unflattened_size) == (2, 2)
+
+
+def test_repeats_follow_the_channels():
+    assert call(pruned_case("repeated"), "repeat").args[1:] == (1, 2, 1, 1)
+
+
+def test_numbers_that_are_widths_stay_the_originals():
+    """``x * x.shape[1] ** -0.5`` scales by the old width: the masked network does."""
+    pruned = pruned_case("scaled_by_width")
+    assert (
+        gap(
+            run(ALL["scaled_by_width"].build(), ALL["scaled_by_width"].args()),
+            pruned(*ALL["scaled_by_width"].args()),
+        )
+        < 1
+    )
+    assert not [n for n in calls(pruned, "pow") if isinstance(n.args[0], int) and n.args[0] == 4]
+
+
+def test_attributes_of_modules_are_rewritten():
+    pruned = pruned_case("grouped")
+    b = pruned.get_submodule("b")
+    assert (b.in_channels, b.out_channels, b.groups) == (4, 6, 2)
+    d = pruned_case("depthwise_multiplier").get_submodule("d")
+    assert (d.in_channels, d.out_channels, d.groups) == (4, 8, 4)
+    n = pruned_case("group_norm").get_submodule("n")
+    assert n.num_channels == 4 and n.num_groups in (2, 4)
+    assert pruned_case("layer_norm").get_submodule("n").normalized_shape == (4,)
+    assert pruned_case("lstm_head").get_submodule("l").input_size == 4
+
+
+# -- other sizes -----------------------------------------------------------------------------------
+
+OTHER_SIZES = {
+    "tokens_and_back": (3, 3, 6, 10),
+    "patches": (3, 3, 8, 8),
+    "space_to_depth": (1, 3, 12, 6),
+    "shuffle_by_hand": (5, 3, 7, 9),
+    "shuffle_unit": (1, 3, 5, 5),
+    "view_baked": (4, 3, 8, 8),
+    "linear_to_picture": (5, 6),
+    "coordinates": (1, 3, 9, 5),
+    "coordinate_attention": (3, 3, 10, 6),
+    "big_little": (1, 3, 10, 14),
+    "high_resolution": (3, 3, 8, 12),
+    "feature_pyramid": (1, 3, 24, 20),
+    "atrous": (1, 3, 11, 7),
+    "hourglass": (1, 3, 32, 24),
+    "deformed": (3, 3, 5, 9),
+    "non_local": (3, 3, 4, 6),
+    "squeeze_excite_linears": (5, 3, 6, 6),
+    "half_slices": (3, 3, 5, 5),
+    "zero_padded_shortcut": (3, 3, 5, 9),
+    "conv_lstm": (1, 3, 6, 4),
+    "unfold_attention": (1, 3, 6, 5),
+    "frames": (3, 3, 5, 6, 6),
+    "heads": (3, 7, 6),
+    "grouped_queries": (3, 4, 12),
+    "ssd_head": (3, 3, 5, 6),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_computed_sizes_stay_computed(name):
+    """Pruned on one batch and image size, exact on another."""
+    case = ALL[name]
+    model = case.build()
+    pruned = fxprune.prune(model, case.args(), criterion="l1", rate=0.5, mixing=case.mixing)
+    reference = masked(model, pruned.fxprune.plan.kept)
+    other = (real(Shape(OTHER_SIZES[name]), seed=1),)
+    assert pruned.fxprune.plan.removed
+    assert gap(run(reference, other), run(pruned, other)) < 1e-9
+
+
+def test_a_table_longer_than_the_example_keeps_its_rows():
+    """Rows that the example does not reach are no channels: a longer input reads them."""
+    model = randomise(Positions())
+    pruned = fxprune.prune(model, (image_of(3),), criterion="l1")
+    assert pruned.pos.shape == (100, 4)
+    reference = masked(model, pruned.fxprune.plan.kept)
+    longer = (image_of(3, side=9),)
+    assert gap(run(reference, longer), run(pruned, longer)) < 1e-9
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = conv(3, 8), nn.Linear(8, 2)
+        self.pos = nn.Parameter(torch.randn(100, 8))
+
+    def forward(self, x):
+        x = self.a(x).flatten(2).transpose(1, 2)
+        return self.o(x + self.pos[: x.shape[1]])
+
+
+# -- every choice, not one ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "name",
+    ["shuffle_by_hand", "shuffle_between_grouped", "grouped_twice", "grouped_readers", "flatten_channels_last",
+     "repeat_interleaved", "stacked_and_flattened", "growing_list", "uneven_cat", "pixel_shuffle", "space_to_depth",
+     "transposed_grouped", "grouped_reader_straddles_a_cat", "heads_baked", "shuffle_attention", "dual_path"],
+)  # fmt: skip
+def test_any_order_of_channels_is_exact(name, seed):
+    """Other weights choose other channels; the index maps hold for them too."""
+    case = ALL[name]
+    model = case.build(seed=10 + seed)
+    for rate in (0.2, 0.6, 0.8):
+        assert_exact(model, case.args(seed), rate, mixing=case.mixing, oracle=case.oracle)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scope": "global"}, {"round_to": 4}, {"min_channels": 3}, {"max_rate": 0.25}]
+)
+@pytest.mark.parametrize(
+    "name", ["shuffle_unit", "growing_list", "grouped_twice", "high_resolution", "res2net"]
+)
+def test_options_keep_structures_exact(name, options):
+    case = ALL[name]
+    pruned = assert_exact(case.build(), case.args(), 0.6, **options)
+    if "round_to" in options:
+        wide = [m.out_channels for m in pruned.modules() if isinstance(m, nn.Conv2d)]
+        old = [m.out_channels for m in case.build().modules() if isinstance(m, nn.Conv2d)]
+        assert all(w % 4 == 0 or w in old for w in wide)
+
+
+# -- no more tied than must be --------------------------------------------------------------------
+
+INDEPENDENT = {
+    "cat_with_itself": [("a", 8), ("b", 6)],
+    "split_literal": [("a", 12), ("b", 6)],
+    "chunk_gate": [("a", 4), ("b", 4)],
+    "shuffle_by_hand": [("a", 8), ("b", 8)],
+    "depthwise_multiplier": [("a", 8), ("b", 6)],
+    "pixel_shuffle": [("a", 8), ("b", 6)],
+    "spatial_mask": [("a", 8), ("b", 6)],
+    "non_local": [("q", 8), ("v", 6)],
+    "two_heads_in_one_cat": [("a", 3), ("b", 8), ("c", 16), ("d", 1), ("e", 5)],
+    "linear_to_picture": [("l", 8), ("a", 6)],
+    "growing_list": [("f.first", 8), ("f.blocks.0.0", 4), ("f.blocks.1.0", 4), ("f.last", 6)],
+    "gram_matrix": [("a", 8), ("l", 6)],
+    "tied_autoencoder": [("w", 8)],
+    "dual_path": [("a", 12), ("b", 6)],
+}
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_as_many_channels_as_there_are(name):
+    """Sliced == masked cannot see channels tied for nothing; their number can."""
+    case = ALL[name]
+    analysis = fxprune.analyze(case.build(), case.args(), mixing=case.mixing)
+    found: dict[str, int] = {}
+    for group in analysis.groups:
+        if group.prunable:
+            found[group.name] = found.get(group.name, 0) + len(group)
+    assert found == dict(INDEPENDENT[name])
+
+
+# -- models in other states ------------------------------------------------------------------------
+
+
+def plain_net() -> nn.Sequential:
+    return nn.Sequential(
+        conv(3, 8),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        conv(8, 6),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        conv(6, 2),
+    )
+
+
+def test_a_model_in_train_mode_stays_in_train_mode():
+    model = randomise(plain_net()).train()
+    model[1].eval()
+    pruned = fxprune.prune(model, (image_of(3),), criterion="l1")
+    assert model.training and pruned.training
+    flags = {name: m.training for name, m in pruned.named_modules() if name}
+    assert flags == {str(i): i != 1 for i in range(7)}
+    pruned(image_of(3)).sum().backward()
+    assert pruned.get_submodule("0").weight.grad.shape == (4, 3, 3, 3)
+
+
+def test_functional_dropout_follows_the_flag():
+    model = nn.Sequential(conv(3, 8), Dropped(), conv(8, 2)).double().train()
+    pruned = fxprune.prune(model, (image_of(3),))
+    x = image_of(3)
+    assert not torch.equal(pruned(x), pruned(x))
+    pruned.eval()
+    assert torch.equal(pruned(x), pruned(x))
+
+
+class Dropped(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.training)
+
+
+def test_an_inner_module_in_eval_mode_does_not_drop():
+    model = nn.Sequential(conv(3, 8), Dropped(), conv(8, 2)).double().train()
+    model[1].eval()
+    pruned = fxprune.prune(model, (image_of(3),))
+    x = image_of(3)
+    assert torch.equal(pruned(x), pruned(x))
+
+
+def test_hooks_are_part_of_what_is_computed():
+    model = randomise(plain_net())
+    model[0].register_forward_hook(lambda module, args, out: out * 2)
+    model[3].register_forward_pre_hook(lambda module, args: (args[0] + 0.1,))
+    model.register_forward_hook(lambda module, args, out: out - 1)
+    pruned = assert_exact(model, (image_of(3),))
+    assert widths(pruned)["0"] == 4 and widths(pruned)["3"] == 3
+
+
+def test_a_frozen_model_is_pruned_and_stays_frozen():
+    model = randomise(plain_net())
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model[3].weight.requires_grad_(True)
+    pruned = assert_exact(model, (image_of(3),))
+    assert [name for name, p in pruned.named_parameters() if p.requires_grad] == ["3.weight"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_dtype_survives(dtype):
+    model = plain_net().to(dtype).eval()
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    pruned = fxprune.prune(model, (x,), criterion="l1")
+    assert {p.dtype for p in pruned.parameters()} == {dtype} and pruned(x).dtype == dtype
+    assert pruned.fxprune.report.verification.difference < 1e-9
+
+
+def test_a_graph_module_is_a_model():
+    """What fx, or an importer of ONNX files, made: weights as attributes of the root, function calls."""
+    pruned = assert_exact(torch.fx.symbolic_trace(randomise(plain_net())), (image_of(3),))
+    assert widths(pruned)["0"] == 4
+
+
+def test_an_imported_graph():
+    graph, root = torch.fx.Graph(), nn.Module()
+    root.weight0, root.weight1 = (
+        nn.Parameter(torch.randn(8, 3, 3, 3)),
+        nn.Parameter(torch.randn(2, 8, 1, 1)),
+    )
+    root.register_buffer("bias0", torch.randn(8))
+    x = graph.placeholder("x")
+    y = graph.call_function(
+        torch.conv2d, (x, graph.get_attr("weight0"), graph.get_attr("bias0")), {"padding": 1}
+    )
+    y = graph.call_function(torch.relu, (y,))
+    graph.output(graph.call_function(torch.conv2d, (y, graph.get_attr("weight1"))))
+    model = torch.fx.GraphModule(root, graph).double()
+    pruned = assert_exact(model, (image_of(3),))
+    assert (
+        pruned.weight0.shape[0] == 4 and pruned.bias0.shape[0] == 4 and pruned.weight1.shape[1] == 4
+    )
+
+
+def test_an_exported_program_is_a_model():
+    exported = torch.export.export(randomise(plain_net()), (image_of(3),)).module()
+    assert widths(assert_exact(exported, (image_of(3),)))["0"] == 4
+
+
+def test_pruned_again():
+    once = fxprune.prune(randomise(plain_net()), (image_of(3),), criterion="l1", rate=0.25)
+    twice = assert_exact(once, (image_of(3),), 0.5)
+    assert widths(twice)["0"] == 3 and widths(twice)["3"] == 3
+
+
+def test_one_module_under_two_names():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = conv(3, 8), conv(8, 6), conv(6, 2)
+            self.same = self.a
+            self.blocks = nn.ModuleList([self.b])
+
+        def forward(self, x):
+            return self.o(self.blocks[0](self.same(x)))
+
+    model = randomise(Named())
+    pruned = assert_exact(model, (image_of(3),))
+    assert set(pruned.state_dict()) <= set(model.state_dict())
+    assert widths(pruned) == {"a": 4, "a.bias": 4, "b": 3, "b.bias": 3, "o": 2, "o.bias": 2}
+
+
+def test_a_weight_shared_by_embedding_and_head():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.l, self.h = (
+                nn.Embedding(11, 8),
+                nn.Linear(8, 8),
+                nn.Linear(8, 11, bias=False),
+            )
+            self.h.weight = self.e.weight
+
+        def forward(self, ids):
+            return self.h(F.relu(self.l(self.e(ids))))
+
+    pruned = assert_exact(randomise(Tied()), (torch.randint(0, 11, (2, 5)),))
+    assert pruned.h.weight is pruned.e.weight and pruned.e.weight.shape == (11, 4)
+
+
+def test_tensors_that_are_no_buffers():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = conv(3, 8), conv(8, 2)
+            self.scales = [
+                torch.rand(8, 1, 1, dtype=torch.float64),
+                torch.rand(1, dtype=torch.float64),
+            ]
+
+        def forward(self, x):
+            return self.o(self.a(x) * self.scales[0] + self.scales[1])
+
+    assert widths(assert_exact(randomise(Plain()), (image_of(3),)))["a"] == 4
+
+
+def test_numpy_in_forward():
+    import numpy as np
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = conv(3, 8), conv(8, 2)
+
+        def forward(self, x):
+            x = self.a(x) * np.float64(0.5) * np.sqrt(8)
+            return self.o(x * torch.from_numpy(np.linspace(0, 1, 8)).view(1, 8, 1, 1))
+
+    assert widths(assert_exact(randomise(Scaled()), (image_of(3),)))["a"] == 4
+
+
+def test_keyword_only_and_optional_arguments():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = conv(3, 8), conv(8, 2)
+
+        def forward(self, x=None, *, image, mask=None, scale=2):
+            y = self.a(image) * scale
+            return self.o(y if mask is None else y * mask)
+
+    pruned = assert_exact(randomise(Keywords()), (), kwargs={"image": image_of(3)})
+    assert widths(pruned)["a"] == 4
+    both = {"image": image_of(3), "mask": image_of(1)}
+    assert widths(assert_exact(randomise(Keywords()), (), kwargs=both))["a"] == 4
+
+
+def test_what_is_no_tensor_comes_back_as_it_was():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = conv(3, 8), conv(8, 2)
+
+        def forward(self, x):
+            return {
+                "y": self.o(self.a(x)),
+                "n": 3,
+                "none": None,
+                "s": "text",
+                "t": (1, 2.5),
+                "b": x.shape[0],
+            }
+
+    pruned = assert_exact(randomise(Mixed()), (image_of(3),))
+    got = pruned(image_of(3, batch=5))
+    assert {k: v for k, v in got.items() if k != "y"} == {
+        "n": 3,
+        "none": None,
+        "s": "text",
+        "t": (1, 2.5),
+        "b": 5,
+    }
+
+
+def test_a_forward_that_changes_its_input():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = conv(3, 8), conv(8, 2)
+
+        def forward(self, x):
+            x.mul_(2)
+            return self.o(self.a(x))
+
+    x = image_of(3)
+    before = x.clone()
+    pruned = assert_exact(randomise(InPlace()), (x,))
+    assert widths(pruned)["a"] == 4 and torch.equal(x, before)
+
+
+def test_verification_leaves_the_buffers_alone():
+    class Average(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.o = conv(3, 8), conv(8, 2)
+            self.register_buffer("mean", torch.rand(8))
+
+        def forward(self, x):
+            y = self.a(x)
+            self.mean.mul_(0.9).add_(y.mean((0, 2, 3)))
+            return self.o(y - self.mean.view(1, -1, 1, 1))
+
+    model = randomise(Average())
+    before = model.mean.clone()
+    pruned = fxprune.prune(model, (image_of(3),), criterion="l1")
+    kept = kept_of(pruned, "a.weight")
+    assert torch.equal(model.mean, before) and torch.equal(pruned.mean, before[kept])
+    reference = masked(model, pruned.fxprune.plan.kept)
+    assert gap(run(reference, (image_of(3),)), run(pruned, (image_of(3),))) < 1e-9
+
+
+RANDOM = {
+    "dropout": lambda x: F.dropout(x, 0.5),
+    "noise": lambda x: x + torch.randn_like(x),
+    "one number": lambda x: x * torch.rand(1, dtype=x.dtype),
+    "rrelu": lambda x: F.rrelu(x, training=True),
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_a_network_that_draws_random_numbers(name):
+    """Two runs of it differ by themselves; that is no defect."""
+
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = conv(3, 8), conv(8, 6), conv(6, 2)
+
+        def forward(self, x):
+            return self.o(RANDOM[name](self.b(self.a(x))))
+
+    pruned = fxprune.prune(randomise(Draws()), (image_of(3),), criterion="l1")
+    assert widths(pruned)["a"] == 4 and pruned(image_of(3)).shape == (2, 2, 8, 8)
+
+
+def test_old_style_weight_norm():
+    """The weight is made by a hook, from two parameters."""
+    model = plain_net().double().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(model[3])
+    pruned = fxprune.prune(model, (image_of(3),), criterion="l1")
+    assert pruned.get_submodule("6").weight.shape[1] == 3
+    before = model(image_of(3))
+    assert pruned(image_of(3)).shape == before.shape
+
+
+# -- torchvision's own pieces ----------------------------------------------------------------------
+
+
+def test_torchvision_ops():
+    ops = pytest.importorskip("torchvision.ops")
+    model = nn.Sequential(
+        conv(3, 8),
+        ops.FrozenBatchNorm2d(8),
+        nn.ReLU(),
+        ops.SqueezeExcitation(8, 4),
+        ops.StochasticDepth(0.1, "row"),
+        ops.Conv2dNormActivation(8, 6),
+        nn.Flatten(2),
+        ops.MLP(64, [5, 3]),
+    )
+    pruned = assert_exact(randomise(model), (image_of(3),))
+    found = widths(pruned)
+    assert (found["0"], found["1"], found["3.fc1"], found["3.fc2"], found["7.0"]) == (4, 4, 2, 4, 3)
+    assert pruned.get_submodule("1").running_mean.shape == (4,)
+
+
+def test_deformable_convolution():
+    ops = pytest.importorskip("torchvision.ops")
+
+    class Deformable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.s, self.a, self.offsets = conv(3, 6), conv(6, 8), conv(8, 18)
+            self.d, self.o = ops.DeformConv2d(8, 6, 3, padding=1), conv(6, 2)
+
+        def forward(self, x):
+            x = self.a(self.s(x))
+            return self.o(self.d(x, self.offsets(x)))
+
+    pruned = assert_exact(randomise(Deformable()), (image_of(3),))
+    assert widths(pruned)["s"] == 3 and widths(pruned)["offsets"] == 18
+
+
+# -- time ------------------------------------------------------------------------------------------
+
+
+def test_attention_over_pixels_is_quick():
+    """64 channels on 32 x 32: the map of 1024 x 1024 weights carries no channels."""
+    q, k, v, o = (conv(3, 64, 1), conv(3, 64, 1), conv(3, 64, 1), conv(64, 2, 1))
+    case = net(image(3, 32), q=q, k=k, v=v, o=o)(CASES["non_local"].forward)
+    model, args = case.build(), case.args()
+    start = time.perf_counter()
+    pruned = fxprune.prune(model, args, criterion="l1", verify="shapes")
+    assert time.perf_counter() - start < 10
+    assert widths(pruned)["q"] == 32
+
+
+def test_wide_dense_networks_are_quick():
+    """A list of 40 pieces, joined again at every step."""
+    layers = nn.ModuleList(conv(16 + 8 * i, 8) for i in range(40))
+
+    class Dense(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.layers, self.last = conv(3, 16), layers, conv(16 + 8 * 40, 2)
+
+        def forward(self, x):
+            found = [self.first(x)]
+            for layer in self.layers:
+                found.append(F.relu(layer(torch.cat(found, 1))))
+            return self.last(torch.cat(found, 1))
+
+    model = Dense().double().eval()
+    start = time.perf_counter()
+    pruned = fxprune.prune(model, (image_of(3),), criterion="l1", verify="shapes")
+    assert time.perf_counter() - start < 20
+    assert pruned.last.in_channels == 8 + 4 * 40
