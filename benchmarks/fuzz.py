@@ -34,7 +34,7 @@ console = Console()
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one seed. ``removed`` is None where nothing could go; ``fault`` is empty if all held."""
+    """What came of one seed; ``removed`` is None where nothing could go."""
 
     seed: int
     parts: tuple[str, ...]
@@ -72,7 +72,7 @@ def fault_of(error: Exception) -> str:
 
 
 def shrunk(network: Network, choice: Choice, error: type[Exception]) -> Network:
-    """Leave out blocks, and the head for the plainest, as long as the network fails the same way."""
+    """Leave out blocks, and change the head for the plainest, as long as it fails the same way."""
     for i in range(len(network.blocks)):
         smaller = replace(network, blocks=network.blocks[:i] + network.blocks[i + 1 :])
         if smaller.blocks and fails(smaller, choice, error):
@@ -100,7 +100,12 @@ def results(seeds: range, jobs: int) -> Iterator[Result]:
 
 def fuzz(seeds: range, jobs: int) -> list[Result]:
     """Run all seeds beside a progress bar; failures are printed as they come."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     found = []
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("networks", total=len(seeds))
@@ -108,7 +113,11 @@ def fuzz(seeds: range, jobs: int) -> list[Result]:
             found.append(result)
             bar.advance(task)
             if result.fault:
-                console.print(f"seed {result.seed}: {result.fault}\n  {result.smallest}", markup=False, soft_wrap=True)
+                console.print(
+                    f"seed {result.seed}: {result.fault}\n  {result.smallest}",
+                    markup=False,
+                    soft_wrap=True,
+                )
     return found
 
 
@@ -119,9 +128,11 @@ def summary(found: list[Result], seconds: float) -> str:
     seen = Counter(part for r in found for part in r.parts)
     every = {*BLOCKS, *HEADS}
     mean = sum(shares) / len(shares) if shares else 0.0
+    each = seconds / max(len(found), 1)
+    least = min(seen.values(), default=0)
     lines = [
-        f"{len(found)} networks in {seconds:.0f} s ({seconds / max(len(found), 1):.2f} s each): {failed} failed",
-        f"{len(every & set(seen))} of {len(every)} structures covered, each at least {min(seen.values(), default=0)} times",
+        f"{len(found)} networks in {seconds:.0f} s ({each:.2f} s each): {failed} failed",
+        f"{len(every & set(seen))} of {len(every)} structures covered, each at least {least} times",
         f"{mean:.0%} of channels removed on average; in {idle} networks nothing could go",
     ]
     missing = sorted(every - set(seen))
@@ -132,16 +143,23 @@ def reproduce(seed: int) -> int:
     network, choice = draw_network(seed), draw_choice(seed)
     console.print(f"{network}\n{choice}", markup=False, soft_wrap=True)
     removed = laws(network, choice, rate_0=True)
-    console.print("all laws hold; " + ("nothing could go" if removed is None else f"{removed:.0%} of channels removed"))
+    console.print(
+        "all laws hold; "
+        + ("nothing could go" if removed is None else f"{removed:.0%} of channels removed")
+    )
     return 0
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--count", type=int, default=500, help="how many networks")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--jobs", type=int, default=1, help="worker processes")
-    parser.add_argument("--seed-only", type=int, metavar="SEED", help="run one seed, with a traceback if it fails")
+    parser.add_argument(
+        "--seed-only", type=int, metavar="SEED", help="run one seed, with a traceback if it fails"
+    )
     options = parser.parse_args()
     start()
     if options.seed_only is not None:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune.probe import probe
 
 RULES = """
 scale_shift:
   dims: "n c *s, c, c -> n c *s"
   operands: [input, scale, shift]
-  zero: "no"
+  adds: shift
   scales: scale
   calls: ["torch.ops.demo.scale_shift(input, scale, shift)"]
   samples:
@@ -60,6 +61,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "my_rules.yaml"
         file.write_text(RULES)
+        findings = [str(each) for rule in fxprune.rules.read(file) for each in probe(rule)]
+        print("the probe:", *(findings or ["the rule and the op agree"]), sep="\n  ")
         fxprune.rules.load(file)
     print("with the rule:")
     print(fxprune.prune(model, x, rate=0.5).fxprune.report)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -227,6 +227,10 @@ class _Run:
     # -- kinds -----------------------------------------------------------------------------------
 
     def do_plain(self, node: fx.Node, use: Use) -> Any:
+        """A tensor that carries no channels: those of an operand cannot go."""
+        for value in self.inputs(node):
+            for layer in self.opened(value).layers:
+                self.ids.freeze(node, layer.ids, f"is read as a whole by {self.title(node)}")
         return pytree.tree_map(_plain, node.meta["val"])
 
     def do_fill(self, node: fx.Node, use: Use) -> Value:
@@ -295,8 +299,10 @@ class _Run:
             self.mixes(node, [n.ids for n in mixed], "norms" if use.rule.norm else "all")
         self.result.uses[node] = done
         weight = all(v.weight for v in values if v is not None)
-        return pytree.tree_map(
-            lambda t: self._dims_output(t, outputs[0], layers, weight), node.meta["val"]
+        return _first_zero(
+            pytree.tree_map(
+                lambda t: self._dims_output(t, outputs[0], layers, weight), node.meta["val"]
+            )
         )
 
     def _if_raw(self, value: Value | None) -> Value | None:
@@ -335,7 +341,7 @@ class _Run:
         shape = tuple(leaves[0].shape)
         layers, weight = self.meet(node, self.tensors(node), shape, use)
         value = self.made(shape, layers, weight)
-        return pytree.tree_map(lambda _: value, node.meta["val"])
+        return _first_zero(pytree.tree_map(lambda _: value, node.meta["val"]))
 
     def tensors(self, node: fx.Node) -> list[Value]:
         flat = pytree.tree_leaves((node.args, node.kwargs))
@@ -438,8 +444,10 @@ class _Run:
         layers = [
             r for layer in layers if (r := self._reduce(node, use, layer, dims, weight)) is not None
         ]
-        return pytree.tree_map(
-            lambda t: self._reduced_value(t, shape, layers, dims, weight), node.meta["val"]
+        return _first_zero(
+            pytree.tree_map(
+                lambda t: self._reduced_value(t, shape, layers, dims, weight), node.meta["val"]
+            )
         )
 
     def _reduced(self, dim: Any, rank: int) -> set[int]:
@@ -483,6 +491,10 @@ class _Run:
         value = self.first(node)
         shape = tuple(node.meta["val"].shape)
         layers = [self._reshaped(node, layer, value.shape, shape) for layer in value.layers]
+        others = self.tensors(node)[1:]
+        if others:  # the result takes another tensor's shape, so its channels are that one's
+            first = Value(shape, tuple(layers), weight=value.weight)
+            layers, _ = self.meet(node, [first, *others], shape, use)
         return self.made(shape, layers, value.weight)
 
     def _reshaped(
@@ -695,6 +707,22 @@ def _by_rows(dims: set[int], wide: Layer) -> bool:
 
 def _map_nodes(arg: Any, fn: Callable[[fx.Node], Any]) -> Any:
     return fx.node.map_aggregate(arg, lambda a: fn(a) if isinstance(a, fx.Node) else a)
+
+
+def _first_zero(values: Any) -> Any:
+    """Of several outputs only the first is known to be zero where masked: others are indices."""
+    if not isinstance(values, (tuple, list)):
+        return values
+    rest = [
+        pytree.tree_map(_not_zero, v, is_leaf=lambda v: isinstance(v, Value)) for v in values[1:]
+    ]
+    return [*values[:1], *rest]
+
+
+def _not_zero(value: Any) -> Any:
+    if not isinstance(value, Value):
+        return value
+    return replace(value, layers=tuple(Layer(la.ids, False, la.origin) for la in value.layers))
 
 
 def _plain(value: Any) -> Any:

@@ -73,10 +73,6 @@ class _Call:
             letter for names in self.binding.output for letter in names if self.sizes[letter] > 1
         }
 
-    def is_learned(self, i: int) -> bool:
-        value = self.values[i]
-        return value is not None and value.param in self.learned
-
     def is_raw(self, i: int) -> bool:
         value = self.values[i]
         return value is not None and value.param is not None
@@ -103,7 +99,8 @@ def flow(
     merged = _bind_params(call, merged)
     made = _make_channels(call)
     mixed: list[Named] = []
-    out = [layer for layer in (_passed(call, named, mixed) for named in [*merged, *made]) if layer]
+    found = (_passed(call, layers, named, mixed) for named in [*merged, *made])
+    out = [layer for layer in found if layer]
     use = DimsUse(call.rule, call.binding, [*merged, *made])
     for name, value in zip(call.rule.operands, call.values, strict=False):
         if value is not None and value.param is not None:
@@ -188,7 +185,8 @@ def _blocks_as_wholes(call: _Call, layers: dict[int, list[Named]]) -> dict[int, 
             if len(names) > 1 and passed:
                 inner = _beside(call, i, passed[0])
                 rest = [n for n in names if n not in passed]
-                if math.prod(call.sizes[n] for n in rest) == 1 and inner - call.out:
+                whole = rest and math.prod(call.sizes[n] for n in rest) == 1
+                if whole and inner - call.out:
                     layers = {
                         **layers,
                         i: [_along(call, named, inner - call.out) for named in found],
@@ -314,7 +312,9 @@ def _make_channels(call: _Call) -> list[Named]:
     return made_layers
 
 
-def _passed(call: _Call, named: Named, mixed: list[Named]) -> Layer | None:
+def _passed(
+    call: _Call, layers: dict[int, list[Named]], named: Named, mixed: list[Named]
+) -> Layer | None:
     letters = set(named.letters)
     raws = [i for i in range(len(call.values)) if call.is_raw(i)]
     mixes = {m.lstrip("*") for m in call.rule.mixes}
@@ -331,9 +331,26 @@ def _passed(call: _Call, named: Named, mixed: list[Named]) -> Layer | None:
                 call.node, named.ids, "is summed over channels that masking does not make zero"
             )
         return None
-    learned = any(letters <= call.real(i) and call.is_learned(i) for i in raws)
-    zero = learned or (call.rule.zero != "no" and named.zero)
+    zero = _stays_zero(call, layers, letters)
     return Layer(_on_output(call, named), zero, named.origin if len(letters) > 1 else None)
+
+
+def _stays_zero(call: _Call, layers: dict[int, list[Named]], letters: set[str]) -> bool:
+    """Whether the result is zero where channels over `letters` are masked: an operand that
+    multiplies is zero there, and so is every one that is added."""
+
+    def is_zero(i: int) -> bool:
+        if call.is_raw(i):
+            return bool(letters & call.real(i))
+        return any(named.zero and letters & set(named.letters) for named in layers[i])
+
+    rule = call.rule
+    name = dict(enumerate(rule.operands))
+    given = [i for i, value in enumerate(call.values) if value is not None]
+    adds = [i for i in given if name.get(i) in rule.adds]
+    chosen = [i for i in given if name.get(i) in rule.multiplies]
+    multiplies = chosen if rule.multiplies else [i for i in given if i not in adds]
+    return rule.zero != "no" and any(map(is_zero, multiplies)) and all(map(is_zero, adds))
 
 
 def _on_output(call: _Call, named: Named) -> Tensor:

@@ -194,7 +194,7 @@ def slice_(call: Call, context: Context) -> None:
     part, gathered = _bounds(slice(start, end, step), mask, context)
     if gathered is not None:
         call.gathers.append((dim, gathered))
-    for name, value in (("start", part.start), ("end", part.stop), ("step", part.step)):
+    for name, value in (("start", part.start), ("end", part.stop), ("step", part.step or 1)):
         _set(call, name, value)
 
 

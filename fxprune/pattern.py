@@ -2,7 +2,8 @@
 
 ``n (g i) *s, (g o) i *k, (g o)? -> n (g o) *t`` reads: the first operand has a batch dim ``n``, a
 dim made of ``g`` blocks of ``i``, and any number of dims ``s``; the third may be absent. The same
-letter is the same dim, wherever it stands.
+letter is the same dim, wherever it stands. ``; *s = *k`` at the end says that these stars have
+equally many dims.
 """
 
 from __future__ import annotations
@@ -57,11 +58,15 @@ class Operand:
 
 @dataclass(frozen=True)
 class Pattern:
+    """``equal`` names stars that stand for equally many dims."""
+
     inputs: tuple[Operand, ...]
     output: Operand
+    equal: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return ", ".join(map(str, self.inputs)) + " -> " + str(self.output)
+        text = ", ".join(map(str, self.inputs)) + " -> " + str(self.output)
+        return text + ("; " + " = ".join(f"*{star}" for star in self.equal) if self.equal else "")
 
 
 _TOKEN = re.compile(r"\s*(\*?[A-Za-z]\w*|[()?])")
@@ -74,7 +79,9 @@ def parse(text: str) -> Pattern:
         raise RuleError(
             f"`{text}` has no `->`", hint="write `inputs -> output`, as in `*b i, o i -> *b o`"
         )
-    pattern = Pattern(tuple(_operand(part) for part in left.split(",")), _operand(right))
+    right, _, equal = right.partition(";")
+    stars = tuple(name.strip().lstrip("*") for name in equal.split("=") if name.strip())
+    pattern = Pattern(tuple(_operand(part) for part in left.split(",")), _operand(right), stars)
     _check(pattern)
     return pattern
 
@@ -134,6 +141,9 @@ def _check(pattern: Pattern) -> None:
                     raise RuleError(
                         f"`{atom.letter}` stands both with and without a star in `{pattern}`"
                     )
+    for star in pattern.equal:
+        if not kinds.get(star):
+            raise RuleError(f"`*{star}` is no star of `{pattern}`")
     if pattern.inputs[0].optional:
         raise RuleError(f"the first operand of `{pattern}` cannot be optional")
     if pattern.output.optional:
@@ -210,6 +220,10 @@ def _star_ranks(pairs, ranks: dict[str, int], pattern: Pattern) -> dict[str, int
             ranks[stars[0]] = max(ranks.get(stars[0], 0), len(shape) - len(operand.terms) + 1)
         elif any(letter not in ranks for letter in stars):
             raise RuleError(f"`{pattern}`: the shapes do not say how many dims each star has")
+    for first, other in zip(pattern.equal, pattern.equal[1:], strict=False):
+        if ranks[first] != ranks[other]:
+            counts = f"`*{first}` has {ranks[first]} dims here, `*{other}` has {ranks[other]}"
+            raise RuleError(f"`{pattern}`: {counts}", hint="is the batch dim missing?")
     return ranks
 
 

@@ -29,11 +29,11 @@ from .errors import FxpruneError
 from .flow import Flow, Mixing, _Run
 from .groups import Groups, groups
 from .ids import Layer, Slot, Value
+from .reference import mask
 from .rewrite import rewrite
 from .rules import Rule, Rules, Sample, Use
 from .select import Options, select
 from .trace import trace
-from .reference import mask
 from .widths import RewriteError, Widths, gather
 
 _SPACES = ("torch", "torch.nn.functional", "Tensor", "aten", "operator", "torch._C._nn")

@@ -17,28 +17,32 @@ from .groups import Constraint
 
 
 def solve(
-    channels: np.ndarray, value: np.ndarray, constraints: Sequence[Constraint], limit: int
+    channels: np.ndarray,
+    value: np.ndarray,
+    must: np.ndarray,
+    constraints: Sequence[Constraint],
+    limit: int,
 ) -> np.ndarray:
     """Whether each of `channels` is kept: at most `limit` go, as many as the constraints allow.
 
-    Within an atom those of least `value` go, equal values in order; an infinite value must stay.
+    Within an atom those of least `value` go, equal values in order; those of the mask `must` stay.
     """
     kept = np.ones(len(channels), bool)
     if limit <= 0:
         return kept
-    atoms, table, fixed = _atoms(channels, value, constraints)
+    atoms, table, fixed = _atoms(channels, constraints)
     sizes = np.array([len(atom) for atom in atoms])
-    stuck = np.array([np.isinf(value[atom]).any() for atom in atoms])
-    counts = _uniform(sizes, table, fixed, stuck, limit)
+    least = np.array([int(must[atom].sum()) for atom in atoms])
+    counts = _uniform(sizes, least, table, fixed, limit)
     if counts is None:
-        counts = _program(sizes, table, fixed, stuck, limit)
+        counts = _program(sizes, least, table, fixed, limit)
     for atom, count in zip(atoms, counts, strict=True):
-        order = np.argsort(value[atom], kind="stable")
+        order = np.lexsort((value[atom], must[atom]))
         kept[np.array(atom)[order[: len(atom) - int(count)]]] = False
     return kept
 
 
-def _atoms(channels: np.ndarray, value: np.ndarray, constraints: Sequence[Constraint]):
+def _atoms(channels: np.ndarray, constraints: Sequence[Constraint]):
     """Atoms as places in `channels`; for each constraint (rows x atoms) how often an atom's channel
     stands in a row, and how many elements of a row are not up for choice."""
     place = {c: k for k, c in enumerate(channels.tolist())}
@@ -53,24 +57,24 @@ def _atoms(channels: np.ndarray, value: np.ndarray, constraints: Sequence[Constr
                     fixed[i][r] += 1
     found: dict[Any, list[int]] = defaultdict(list)
     for k, pairs in enumerate(stands):
-        found[tuple(pairs), bool(np.isinf(value[k]))].append(k)
+        found[tuple(pairs)].append(k)
     table = [np.zeros((len(c.rows), len(found)), np.int64) for c in constraints]
-    for a, (pairs, _) in enumerate(found):
+    for a, pairs in enumerate(found):
         for i, r in pairs:
             table[i][r, a] += 1
     return list(found.values()), table, fixed
 
 
-def _uniform(sizes, table, fixed, stuck, limit: int) -> np.ndarray | None:
+def _uniform(sizes, least, table, fixed, limit: int) -> np.ndarray | None:
     """One number for all atoms, where all are alike."""
     even = all((t.sum(1) == t.sum(1)[0]).all() for t in table) and not any(f.any() for f in fixed)
-    if not even or stuck.any() or (sizes != sizes[0]).any():
+    if not even or (sizes != sizes[0]).any():
         return None
-    gone = min(limit // len(sizes), int(sizes[0]) - 1)
+    gone = min(limit // len(sizes), int(sizes[0] - max(least.max(), 1)))
     return sizes - gone
 
 
-def _program(sizes, table, fixed, stuck, limit: int) -> np.ndarray:
+def _program(sizes, least, table, fixed, limit: int) -> np.ndarray:
     """The fewest channels kept, and among those the evenest spread over atoms."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -85,7 +89,7 @@ def _program(sizes, table, fixed, stuck, limit: int) -> np.ndarray:
         np.concatenate([np.full(n, 2.0 * n + 1), np.zeros(m), 1 / sizes]),
         integrality=np.concatenate([np.ones(n), np.zeros(m + n)]),
         bounds=Bounds(
-            np.concatenate([np.where(stuck, sizes, 0), np.ones(m), np.zeros(n)]),
+            np.concatenate([least, np.ones(m), np.zeros(n)]),
             np.concatenate([sizes, np.full(m + n, np.inf)]),
         ),
         constraints=[

@@ -73,7 +73,7 @@ def _referred(arg: Any) -> Any:
 
 
 def _findable(target: Any) -> Any:
-    module, name = getattr(target, "__module__", None), getattr(target, "__name__", "")
+    module, name = str(getattr(target, "__module__", "")), str(getattr(target, "__name__", ""))
     local = "<locals>" in getattr(target, "__qualname__", "") and module in sys.modules
     if local and getattr(sys.modules[module], name, None) is target:
         return _Function(module, name)

@@ -64,9 +64,9 @@ def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -
     reasons: dict[int, str] = {}
     asked = {i: group_rate(group, options) for i, group in enumerate(groups.groups) if i in scores}
     wanted = _wanted(groups, scores, asked, options)
+    must = _must_stay(groups, scores, options)
     for family in _families(groups, scores):
-        _choose(groups, family, scores, wanted, options, kept, reasons)
-    _keep_one(groups, scores, kept)
+        _choose(groups, family, scores, wanted, options, must, kept, reasons)
     _restore_broken(groups, scores, kept, reasons)
     for i, rate in asked.items():
         _explain_shortfall(groups, i, rate, kept, options, reasons)
@@ -157,58 +157,53 @@ def _families(groups: Groups, scores) -> list[_Family]:
     return list(families.values())
 
 
+def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
+    """The best channels of each group and of each piece of a split; all of an ignored group."""
+    must = np.zeros(int(groups.channel.max()) + 1, bool)
+    best = np.zeros(len(must))
+    for i, values in scores.items():
+        channels = groups.groups[i].channels
+        best[channels] = values
+        floor = len(values) if i in options.ignored else options.min_channels
+        must[channels[np.argsort(-values, kind="stable")[:floor]]] = True
+    for piece in groups.keep_one:
+        must[piece[np.argmax(best[piece])]] = True
+    return must
+
+
 def _choose(
-    groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons: dict[int, str]
+    groups: Groups, family: _Family, scores, wanted, options: Options, must, kept, reasons
 ) -> None:
-    if family.constraints:
-        _choose_bound(groups, family, scores, wanted, options, kept, reasons)
+    """Mark the channels of a family that go."""
+    channels = np.concatenate([groups.groups[i].channels for i in family.groups])
+    count = sum(wanted[i] for i in family.groups)
+    limit = min(_allowed(len(channels), count, options), int((~must[channels]).sum()))
+    if not family.constraints:
+        (i,) = family.groups
+        order = np.lexsort((scores[i], must[channels]))
+        kept[channels[order[:limit]]] = False
         return
-    (i,) = family.groups
-    count = _allowed(len(scores[i]), wanted[i], options)
-    order = np.argsort(scores[i], kind="stable")
-    kept[groups.groups[i].channels[order[:count]]] = False
+    value = np.concatenate([_normal(scores[i]) for i in family.groups])
+    kept[channels] = solve(channels, value, must[channels], family.constraints, limit)
+    for i in family.groups:
+        c = family.constraints[0]
+        blocks = f"{len(c.rows)} blocks of {c.rows.shape[1]}"
+        reasons[i] = f"keeps equal counts in {blocks} (%{c.node.name})"
 
 
 def _allowed(size: int, count: int, options: Options) -> int:
     """How many of `size` channels may go when `count` should: floors, caps and rounding."""
-    count = min(count, size - min(options.min_channels, size), _count(size * options.max_rate))
+    count = min(count, _count(size * options.max_rate))
     if options.round_to > 1:
         left = math.ceil((size - count) / options.round_to) * options.round_to
         count = size - min(size, left)
     return max(count, 0)
 
 
-def _choose_bound(
-    groups: Groups, family: _Family, scores, wanted, options: Options, kept, reasons
-) -> None:
-    """Channels under equal counts, all groups of the family together."""
-    channels = np.concatenate([groups.groups[i].channels for i in family.groups])
-    value = np.concatenate([_normal(scores[i]) for i in family.groups])
-    stays = [np.full(len(scores[i]), i in options.ignored) for i in family.groups]
-    limit = _allowed(len(channels), sum(wanted[i] for i in family.groups), options)
-    value = np.where(np.concatenate(stays), np.inf, value)
-    kept[channels] = solve(channels, value, family.constraints, limit)
-    for i in family.groups:
-        c = family.constraints[0]
-        reasons[i] = (
-            f"keeps equal counts in {len(c.rows)} blocks of {c.rows.shape[1]} (%{c.node.name})"
-        )
-
-
 def _normal(scores: np.ndarray) -> np.ndarray:
     """Scores of bound groups on one scale: relative to the group's mean."""
     mean = scores.mean()
     return scores / mean if mean > 0 else scores
-
-
-def _keep_one(groups: Groups, scores, kept: np.ndarray) -> None:
-    """Give each piece that lost every channel its best one back, with those bound to it."""
-    best: dict[int, float] = {}
-    for i, values in scores.items():
-        best.update(zip(groups.groups[i].channels.tolist(), values.tolist(), strict=True))
-    for piece in groups.keep_one:
-        if not kept[piece].any():
-            kept[max(piece.tolist(), key=lambda c: best.get(c, 0.0))] = True
 
 
 def _restore_broken(groups: Groups, scores, kept: np.ndarray, reasons: dict[int, str]) -> None:

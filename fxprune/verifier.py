@@ -1,9 +1,10 @@
 """Step `verify`: proof that the new graph computes the masked old one.
 
 Shapes are proven by running the new graph on the meta device. Numbers are compared on one input:
-the traced graph against the model's own forward in its own dtype, and in float64 the pruned network against the original with every dropped element of every parameter set
-to zero. Parameters that are constant (a zero-initialised layer) get the same noise in both. Where a
-normalisation takes statistics over channels that went, the reference normalises over the kept ones.
+the traced graph against the model's own forward in its own dtype, and in float64 the pruned network
+against the original with every dropped element of every parameter set to zero. Parameters that are
+constant (a zero-initialised layer) get the same noise in both. Where a normalisation takes
+statistics over channels that went, the reference normalises over the kept ones.
 """
 
 from __future__ import annotations

@@ -142,7 +142,9 @@ def gather(tensor: Tensor, kept: dict[int, Kept]) -> Tensor:
     blocks = next((rows for rows in kept.values() if rows and isinstance(rows[0], list)), None)
     if blocks is None:
         for dim, rows in kept.items():
-            tensor = tensor.index_select(dim, torch.tensor(rows, device=tensor.device))
+            tensor = tensor.index_select(
+                dim, torch.tensor(rows, dtype=torch.long, device=tensor.device)
+            )
         return tensor
     own = {dim: rows for dim, rows in kept.items() if rows and isinstance(rows[0], list)}
     shared = {dim: rows for dim, rows in kept.items() if dim not in own and dim != 0}

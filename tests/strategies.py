@@ -1,10 +1,10 @@
 """Random small networks: one class a structure, drawn by hypothesis or from a seed.
 
 A network is a stem, a list of blocks and a head, all given by name, and a seed for every number in
-them; `networks()` is the hypothesis strategy (it shrinks the list of blocks), `random_network(seed)`
-draws the same kind of network from a plain generator. Everything is float64, at most a few dozen
-channels wide, on pictures of 8x8. Statistics and affine parameters of norms are random, so that no
-channel is an identity by luck.
+them. `networks()` is the hypothesis strategy (it shrinks the list of blocks); `random_network`
+draws the same kind of network from a seed alone. Everything is float64, a few dozen channels wide
+at most, on pictures of 8x8. Statistics and affine parameters of norms are random, so that no channel
+is an identity by luck.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def conv_bn_act(i: int, o: int, k: int = 3, **options) -> nn.Sequential:
 
 
 class Block(nn.Module):
-    """One structure. It takes `c` channels on `side` x `side` pixels and gives ``self.out`` channels
-    on ``self.side`` pixels a side. ``mixes`` says which ops take statistics over channels."""
+    """One structure. It takes `c` channels on `side` x `side` pixels and gives ``self.out`` of them
+    on ``self.side`` a side. ``mixes`` says which of its ops take statistics over channels."""
 
     mixes = ""
 
@@ -88,7 +88,16 @@ class Activation(Block):
     def make(self, dice, c, side):
         self.out = any_width(dice)
         self.conv = conv(c, self.out)
-        kinds = (nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Softplus, nn.ELU, nn.Hardsigmoid)
+        kinds = (
+            nn.GELU,
+            nn.SiLU,
+            nn.Sigmoid,
+            nn.Tanh,
+            nn.Hardswish,
+            nn.Softplus,
+            nn.ELU,
+            nn.Hardsigmoid,
+        )
         self.act = dice.choice(kinds)()
 
     def forward(self, x):
@@ -270,7 +279,9 @@ class Bottleneck(Block):
         self.side = side // 2 if side > 4 and dice.random() < 0.5 else side
         stride = side // self.side
         self.body = nn.Sequential(
-            conv_bn_act(c, middle, 1), conv_bn_act(middle, middle, stride=stride), conv_bn(middle, self.out, 1)
+            conv_bn_act(c, middle, 1),
+            conv_bn_act(middle, middle, stride=stride),
+            conv_bn(middle, self.out, 1),
         )
         self.short = conv_bn(c, self.out, 1, stride=stride)
 
@@ -285,7 +296,11 @@ class Shared(Block):
 
     def make(self, dice, c, side):
         self.out = any_width(dice)
-        self.a, self.b, self.shared = conv(c, self.out), conv(c, self.out, 1), conv(self.out, self.out)
+        self.a, self.b, self.shared = (
+            conv(c, self.out),
+            conv(c, self.out, 1),
+            conv(self.out, self.out),
+        )
 
     def forward(self, x):
         return self.shared(torch.relu(self.a(x))) + self.shared(torch.tanh(self.b(x)))
@@ -453,7 +468,11 @@ class ShuffleUnits(Block):
         half = self.out // 2
         self.pre = conv_bn_act(c, self.out, 1)
         self.branches = nn.ModuleList(
-            nn.Sequential(conv_bn_act(half, half, 1), conv_bn(half, half, groups=half), conv_bn_act(half, half, 1))
+            nn.Sequential(
+                conv_bn_act(half, half, 1),
+                conv_bn(half, half, groups=half),
+                conv_bn_act(half, half, 1),
+            )
             for _ in range(dice.randint(1, 3))
         )
 
@@ -504,7 +523,10 @@ class SelfCat(Block):
 
 class Inception(Block):
     def make(self, dice, c, side):
-        self.a, self.b = conv_bn_act(c, 4, 1), nn.Sequential(conv_bn_act(c, 6, 1), conv_bn_act(6, 5))
+        self.a, self.b = (
+            conv_bn_act(c, 4, 1),
+            nn.Sequential(conv_bn_act(c, 6, 1), conv_bn_act(6, 5)),
+        )
         self.pool, self.c = nn.AvgPool2d(3, 1, 1), conv_bn_act(c, 3, 1)
         self.out = 12
 
@@ -652,7 +674,9 @@ class C2f(Block):
         half, self.out = dice.randint(4, 6), any_width(dice)
         count = dice.randint(1, 2)
         self.pre = conv_bn_act(c, 2 * half, 1)
-        self.inner = nn.ModuleList(nn.Sequential(conv_bn_act(half, 5), conv_bn_act(5, half)) for _ in range(count))
+        self.inner = nn.ModuleList(
+            nn.Sequential(conv_bn_act(half, 5), conv_bn_act(5, half)) for _ in range(count)
+        )
         self.post = conv_bn_act((2 + count) * half, self.out, 1)
         self.add = dice.random() < 0.5
 
@@ -794,7 +818,9 @@ class IndexSelect(Block):
 class IndexBuffer(Block):
     def make(self, dice, c, side):
         self.pre, self.post = conv_bn_act(c, 8), conv_bn(8, 8, groups=dice.choice((1, 2)))
-        self.register_buffer("idx", torch.tensor(dice.sample(range(8), 8)), persistent=dice.random() < 0.5)
+        self.register_buffer(
+            "idx", torch.tensor(dice.sample(range(8), 8)), persistent=dice.random() < 0.5
+        )
         self.out = 8
 
     def forward(self, x):
@@ -866,7 +892,11 @@ class DepthToSpace(Block):
     def forward(self, x):
         y = self.pre(x)
         n, c, h, w = y.shape
-        y = y.reshape(n, c // 4, 2, 2, h, w).permute(0, 1, 4, 2, 5, 3).reshape(n, c // 4, 2 * h, 2 * w)
+        y = (
+            y.reshape(n, c // 4, 2, 2, h, w)
+            .permute(0, 1, 4, 2, 5, 3)
+            .reshape(n, c // 4, 2 * h, 2 * w)
+        )
         return self.pool(y)
 
 
@@ -930,7 +960,9 @@ class BigLittle(Block):
 
     def forward(self, x):
         little = self.little(x)
-        big = F.interpolate(self.big(x), size=little.shape[2:], mode="bilinear", align_corners=False)
+        big = F.interpolate(
+            self.big(x), size=little.shape[2:], mode="bilinear", align_corners=False
+        )
         return self.merge(F.relu(big + little))
 
 
@@ -989,7 +1021,9 @@ class SqueezeLinear(Block):
         n, c, _, _ = x.size()
         gate = F.adaptive_avg_pool2d(x, 1).view(n, c)
         gate = self.b(F.relu(self.a(gate))).sigmoid()
-        return x * (gate.view(-1, self.out, 1, 1) if self.literal else gate.view(n, c, 1, 1).expand_as(x))
+        return x * (
+            gate.view(-1, self.out, 1, 1) if self.literal else gate.view(n, c, 1, 1).expand_as(x)
+        )
 
 
 class EffectiveSqueeze(Block):
@@ -1003,7 +1037,11 @@ class EffectiveSqueeze(Block):
 class CoordinateAttention(Block):
     def make(self, dice, c, side):
         middle = dice.randint(4, 6)
-        self.a, self.rows, self.columns = conv_bn(c, middle, 1), conv(middle, c, 1), conv(middle, c, 1)
+        self.a, self.rows, self.columns = (
+            conv_bn(c, middle, 1),
+            conv(middle, c, 1),
+            conv(middle, c, 1),
+        )
 
     def forward(self, x):
         n, c, h, w = x.size()
@@ -1020,7 +1058,10 @@ class Cbam(Block):
         self.a, self.b, self.spatial = conv(c, 4, 1), conv(4, c, 1), conv(2, 1, 5)
 
     def forward(self, x):
-        gate = sum(self.b(F.relu(self.a(pool(x, 1)))) for pool in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d))
+        gate = sum(
+            self.b(F.relu(self.a(pool(x, 1))))
+            for pool in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d)
+        )
         x = x * torch.sigmoid(gate)
         seen = torch.cat([x.mean(1, keepdim=True), x.max(1, keepdim=True)[0]], 1)
         return x * torch.sigmoid(self.spatial(seen))
@@ -1063,7 +1104,12 @@ class Film(Block):
 class NonLocal(Block):
     def make(self, dice, c, side):
         inner = dice.randint(4, 6)
-        self.q, self.k, self.v, self.back = conv(c, inner, 1), conv(c, inner, 1), conv(c, 5, 1), conv(5, c, 1)
+        self.q, self.k, self.v, self.back = (
+            conv(c, inner, 1),
+            conv(c, inner, 1),
+            conv(c, 5, 1),
+            conv(5, c, 1),
+        )
 
     def forward(self, x):
         n, _, h, w = x.shape
@@ -1086,7 +1132,12 @@ class Attention(Block):
         n, c, h, w = x.shape
         y = x.flatten(2).transpose(1, 2)
         b, length, _ = y.shape
-        q, k, v = self.qkv(y).reshape(b, length, 3, self.heads, self.each).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(y)
+            .reshape(b, length, 3, self.heads, self.each)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         if self.fused:
             y = F.scaled_dot_product_attention(q, k, v)
         else:
@@ -1219,7 +1270,10 @@ class PreNorm(Block):
 class InstanceNorm(Block):
     def make(self, dice, c, side):
         self.out = any_width(dice)
-        self.conv, self.norm = conv(c, self.out), nn.InstanceNorm2d(self.out, affine=dice.random() < 0.7)
+        self.conv, self.norm = (
+            conv(c, self.out),
+            nn.InstanceNorm2d(self.out, affine=dice.random() < 0.7),
+        )
 
     def forward(self, x):
         return F.relu(self.norm(self.conv(x)))
@@ -1384,13 +1438,12 @@ class PooledFlattenHead(Head):
 
     def make(self, dice, c, side):
         self.pool = nn.AdaptiveAvgPool2d(2)
-        self.mlp = nn.Sequential(
-            nn.Linear(4 * c, 9), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(9, 8), nn.BatchNorm1d(8), nn.GELU(),
-            nn.Linear(8, CLASSES),
-        )  # fmt: skip
+        self.a, self.b, self.c = nn.Linear(4 * c, 9), nn.Linear(9, 8), nn.Linear(8, CLASSES)
+        self.relu, self.drop, self.bn = nn.ReLU(inplace=True), nn.Dropout(), nn.BatchNorm1d(8)
 
     def forward(self, h, x):
-        return self.mlp(torch.flatten(self.pool(h), 1))
+        y = self.drop(self.relu(self.a(torch.flatten(self.pool(h), 1))))
+        return self.c(F.gelu(self.bn(self.b(y))))
 
 
 class DenseHead(Head):
@@ -1456,7 +1509,11 @@ class TokenHead(Head):
         self.proj = nn.Linear(c, 8)
         self.token = nn.Parameter(torch.randn(1, 1, 8))
         self.table = nn.Parameter(torch.randn(1, side * side + 1, 8))
-        self.norm, self.mix, self.fc = nn.LayerNorm(8), nn.Linear(side * side + 1, 3), nn.Linear(8, CLASSES)
+        self.norm, self.mix, self.fc = (
+            nn.LayerNorm(8),
+            nn.Linear(side * side + 1, 3),
+            nn.Linear(8, CLASSES),
+        )
 
     def forward(self, h, x):
         y = self.proj(h.flatten(2).transpose(1, 2))
@@ -1565,7 +1622,9 @@ def networks(draw, most: int = 4) -> Network:
     """Hypothesis strategy for networks; shrinks to few blocks, the plainest first."""
     names = list(BLOCKS)
     blocks = draw(st.lists(st.sampled_from(names), min_size=1, max_size=most))
-    return Network(tuple(blocks), draw(st.sampled_from(list(HEADS))), draw(st.integers(0, 2**31 - 1)))
+    return Network(
+        tuple(blocks), draw(st.sampled_from(list(HEADS))), draw(st.integers(0, 2**31 - 1))
+    )
 
 
 @dataclass(frozen=True)
@@ -1585,25 +1644,40 @@ class Choice:
         return torch.rand(len(group), generator=generator, dtype=torch.float64)
 
     def options(self) -> dict:
-        return dict(criterion=self.criterion, rate=self.rate, scope=self.scope, round_to=self.round_to,
-                    mixing=self.mixing, select_by=self.select_by)  # fmt: skip
+        own = {
+            name: getattr(self, name)
+            for name in ("rate", "scope", "round_to", "mixing", "select_by")
+        }
+        return {"criterion": self.criterion, **own}
+
+
+SCOPES = ("local", "global")
+ROUNDINGS = (1, 1, 1, 2, 4)
+MIXINGS = ("norms", "norms", "norms", "all", "none")
+SELECTIONS = ("rate", "rate", "rate", "cumulative", "threshold")
 
 
 def draw_choice(seed: int) -> Choice:
     """The way of pruning a seed stands for."""
     dice = random.Random(seed + 7)
     return Choice(
-        seed=dice.randrange(2**31), rate=round(dice.uniform(0.1, 0.9), 2), scope=dice.choice(("local", "global")),
-        round_to=dice.choice((1, 1, 1, 2, 4)), mixing=dice.choice(("norms", "norms", "norms", "all", "none")),
-        select_by=dice.choice(("rate", "rate", "rate", "cumulative", "threshold")),
-    )  # fmt: skip
+        seed=dice.randrange(2**31),
+        rate=round(dice.uniform(0.1, 0.9), 2),
+        scope=dice.choice(SCOPES),
+        round_to=dice.choice(ROUNDINGS),
+        mixing=dice.choice(MIXINGS),
+        select_by=dice.choice(SELECTIONS),
+    )
 
 
 def choices() -> st.SearchStrategy[Choice]:
     """Hypothesis strategy for ways of pruning."""
     return st.builds(
-        Choice, seed=st.integers(0, 2**31 - 1), rate=st.integers(1, 9).map(lambda n: n / 10),
-        scope=st.sampled_from(["local", "global"]), round_to=st.sampled_from([1, 1, 1, 2, 4]),
-        mixing=st.sampled_from(["norms", "norms", "norms", "all", "none"]),
-        select_by=st.sampled_from(["rate", "rate", "rate", "cumulative", "threshold"]),
-    )  # fmt: skip
+        Choice,
+        seed=st.integers(0, 2**31 - 1),
+        rate=st.integers(1, 9).map(lambda n: n / 10),
+        scope=st.sampled_from(SCOPES),
+        round_to=st.sampled_from(ROUNDINGS),
+        mixing=st.sampled_from(MIXINGS),
+        select_by=st.sampled_from(SELECTIONS),
+    )

@@ -134,6 +134,20 @@ def test_every_criterion_is_described():
             assert f'`"{name}"`' in _guide()
 
 
+def test_every_field_of_a_rule_is_listed():
+    page = (ROOT / "docs" / "add-an-op.md").read_text()
+    for field in set(rules.Rule.model_fields) - {"name", "where"}:
+        assert f"`{field}`" in page, field
+
+
+def test_lists_of_plain_ops_exist():
+    page = (ROOT / "docs" / "add-an-op.md").read_text()
+    table = page[page.index("| list |") : page.index("`zero` matters")]
+    named = re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    known = {rule.name for rule in rules.read(rules.folder() / "ops" / "pointwise.yaml")}
+    assert named and set(named) <= known
+
+
 def test_every_page_in_docs_is_linked_from_the_readme():
     readme = (ROOT / "README.md").read_text()
     for page in (ROOT / "docs").glob("*.md"):

@@ -83,7 +83,7 @@ def masked(net: nn.Module, plan: fxprune.Plan) -> nn.Module:
 
 
 def _directed(name: str, plan: fxprune.Plan) -> fxprune.Plan:
-    """A row of zeros has no direction: weight_norm's directions keep their rows, their lengths are 0."""
+    """weight_norm's directions keep their rows (zeros have none); their lengths become 0."""
     if not name.endswith("weight.original1"):
         return plan
     inner = {dim: rows for dim, rows in plan.kept[name].items() if dim != 0}
@@ -119,14 +119,19 @@ def difference(expected: list[Tensor], got: list[Tensor]) -> float:
     """The largest difference, relative to each output's largest value."""
     assert [t.shape for t in expected] == [t.shape for t in got]
     assert all(torch.isfinite(t).all() for t in expected)
-    gaps = [float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in zip(expected, got, strict=True)]
+    gaps = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+        for a, b in zip(expected, got, strict=True)
+    ]
     return max(gaps)
 
 
 # -- the laws, as functions that the fuzzer shares -------------------------------------------------
 
 
-def pruned_by(net: nn.Module, inputs: tuple, choice: Choice, **more) -> fxprune.api.PrunedModule | None:
+def pruned_by(
+    net: nn.Module, inputs: tuple, choice: Choice, **more
+) -> fxprune.api.PrunedModule | None:
     """The pruned network; None where nothing may go."""
     try:
         return fxprune.prune(net, inputs, **{**choice.options(), **more})
@@ -183,7 +188,9 @@ def check_nothing_dropped(network: Network) -> None:
             for key, value in pruned.state_dict().items():
                 assert torch.equal(value, before[key]), key
             assert difference(expected, outputs(pruned, inputs)) <= 1e-12
-            assert not {t.data_ptr() for t in pruned.parameters()} & {t.data_ptr() for t in net.parameters()}
+            assert not {t.data_ptr() for t in pruned.parameters()} & {
+                t.data_ptr() for t in net.parameters()
+            }
         after = net.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(_bits(after[k]), _bits(before[k])) for k in before)
@@ -214,7 +221,12 @@ def test_nothing_dropped(network: Network) -> None:
 
 
 @settings(max_examples=80)
-@given(networks(most=3), st.integers(0, 2**31 - 1), st.sampled_from([0.2, 0.4]), st.sampled_from([0.2, 0.5]))
+@given(
+    networks(most=3),
+    st.integers(0, 2**31 - 1),
+    st.sampled_from([0.2, 0.4]),
+    st.sampled_from([0.2, 0.5]),
+)
 def test_twice_is_once(network: Network, seed: int, first: float, second: float) -> None:
     """Law 3: dropping A, then B of what is left, is dropping A and B at once."""
     net, inputs = network.build(), network.inputs()
@@ -234,9 +246,14 @@ def composed(net: nn.Module, inputs: tuple, a: fxprune.Plan, b: fxprune.Plan) ->
     kept = {}
     for name in {*a.kept, *b.kept}:
         keep = kept_elements(name, tensors[name], a)
-        keep[keep.clone()] = kept_elements(name, _sliced(tensors[name], keep, a.kept.get(name, {})), b).reshape(-1)
+        keep[keep.clone()] = kept_elements(
+            name, _sliced(tensors[name], keep, a.kept.get(name, {})), b
+        ).reshape(-1)
         kept[name] = {slot.dim: _indices(keep, slot) for slot in slots[name]}
-    kept = {n: {d: r for d, r in dims.items() if _drops(r, tensors[n].shape[d])} for n, dims in kept.items()}
+    kept = {
+        n: {d: r for d, r in dims.items() if _drops(r, tensors[n].shape[d])}
+        for n, dims in kept.items()
+    }
     return a.model_copy(update={"kept": {name: dims for name, dims in kept.items() if dims}})
 
 
@@ -256,7 +273,9 @@ def _indices(keep: Tensor, slot) -> list:
         return (keep.any(others) if others else keep).nonzero().flatten().tolist()
     found = []
     for block in keep.chunk(slot.ids.shape[0]):
-        rows = block.any([d for d in range(keep.ndim) if d != slot.dim]).nonzero().flatten().tolist()
+        rows = (
+            block.any([d for d in range(keep.ndim) if d != slot.dim]).nonzero().flatten().tolist()
+        )
         found += [rows] if rows else []
     return found
 
@@ -311,7 +330,9 @@ def test_results_are_modules(network: Network, choice: Choice) -> None:
     pruned = pruned_by(net, inputs, choice, verify="shapes")
     assume(pruned is not None)
     twin = copy.deepcopy(pruned)
-    assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in pruned.parameters()}
+    assert not {p.data_ptr() for p in twin.parameters()} & {
+        p.data_ptr() for p in pruned.parameters()
+    }
     assert_same(twin, pruned, inputs)
     file = io.BytesIO()
     torch.save(pruned, file)
@@ -371,7 +392,13 @@ def test_processes_choose_the_same() -> None:
     for hash_seed in ("1", "2"):
         paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
         env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": paths}
-        run = subprocess.run([sys.executable, "-c", _SCRIPT, seeds], env=env, capture_output=True, text=True, check=True)
+        run = subprocess.run(
+            [sys.executable, "-c", _SCRIPT, seeds],
+            env=env,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
         found.append(run.stdout.splitlines())
     assert len(found[0]) == 20
     assert found[0] == found[1]
@@ -387,7 +414,9 @@ def test_networks_are_alive(seed: int) -> None:
     moved = outputs(net, (x * 1.05,))
     assert difference(plain, moved) > 1e-5
     assert difference(plain, outputs(network.build(), (x,))) == 0.0
-    pruned = pruned_by(net, (x,), replace(draw_choice(seed), rate=0.5, select_by="rate", round_to=1))
+    pruned = pruned_by(
+        net, (x,), replace(draw_choice(seed), rate=0.5, select_by="rate", round_to=1)
+    )
     if pruned is not None and pruned.fxprune.plan.removed:
         assert difference(plain, outputs(pruned, (x,))) > 1e-6
     check_trains(net, (x,))

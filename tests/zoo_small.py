@@ -148,6 +148,8 @@ def masked(model: nn.Module, kept: Mapping[str, Mapping[int, Any]]) -> nn.Module
     tensors: dict[str, Tensor] = {**dict(made.named_parameters()), **dict(made.named_buffers())}
     with torch.no_grad():
         for name, dims in kept.items():
+            if name.startswith("_tensor_constant"):
+                continue  # not in the module; what it meets is zero, or read by nobody
             for dim, rows in dims.items():
                 if isinstance(rows[0], list):
                     for part, own in zip(tensors[name].chunk(len(rows), 0), rows, strict=True):
@@ -1996,7 +1998,7 @@ def einsum_implicit(m, x):
     a=conv(3, 8),
     s=nn.Softmax2d(),
     o=conv(8, 2),
-    frozen="has no rule",
+    frozen="mixes channels",
     e=conv(8, 6),
     p=conv(6, 2),
     half="e 3",

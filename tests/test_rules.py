@@ -1,0 +1,692 @@
+"""Rules: every line is probed by running its ops; wrong rules are caught; broken files say where."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fxprune
+from fxprune import rules as rule_files
+from fxprune.errors import RuleError
+from fxprune.probe import Finding, probe, resolve, spellings
+from fxprune.rules import Rules, read
+
+_SHIPPED = rule_files.build(sorted((rule_files.folder() / "ops").glob("*.yaml"))).rules
+
+
+@pytest.fixture(autouse=True)
+def _rules_in_force():
+    """Leave the rules in force as they were."""
+    before = rule_files.current()
+    yield
+    rule_files._current = before
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+# -- every shipped rule is what its ops do ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("rule", _SHIPPED, ids=lambda rule: f"{Path(rule.where).name}-{rule.name}")
+def test_shipped_rule_is_what_its_ops_do(rule):
+    findings = probe(rule)
+    assert not findings, "\n".join(map(str, findings))
+
+
+def test_names_of_shipped_rules_are_unique():
+    names = [rule.name for rule in _SHIPPED]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_no_call_is_claimed_by_two_rules_without_conditions():
+    claims: dict[str, list[str]] = {}
+    for rule in _SHIPPED:
+        if not rule.when:
+            for text in (*rule.calls, *rule.modules):
+                claims.setdefault(text.partition("(")[0], []).append(rule.name)
+            for word in rule.words:
+                claims.setdefault(word, []).append(rule.name)
+    assert {name: who for name, who in claims.items() if len(who) > 1} == {}
+
+
+# -- rules that are wrong --------------------------------------------------------------------------
+
+WRONG = {
+    "glu_as_pointwise": (
+        """
+        x:
+          kind: pointwise
+          modules: [torch.nn.GLU(input)]
+          samples: [{call: torch.nn.GLU, init: [1], inputs: [[2, 6, 3, 5]]}]
+        """,
+        "gives [2, 3, 3, 5], the rule says [2, 6, 3, 5]",
+    ),
+    "prelu_without_a_weight_letter": (
+        """
+        x:
+          dims: "n c *s -> n c *s"
+          operands: [input]
+          modules: [torch.nn.PReLU(input)]
+          samples: [{call: torch.nn.PReLU, init: [4], inputs: [[2, 4, 3, 5]]}]
+        """,
+        "without part of x0 dim 1 it does not run",
+    ),
+    "prelu_scaled_to_zero_by_its_weight": (
+        """
+        x:
+          dims: "n c *s, c -> n c *s"
+          operands: [input, weight]
+          sizes: {num_parameters: c}
+          modules: [torch.nn.PReLU(input)]
+          samples: [{call: torch.nn.PReLU, init: [4], inputs: [[2, 4, 3, 5]]}]
+        """,
+        "masked channels are said to stay zero, and do not",
+    ),
+    "convolution_without_groups": (
+        """
+        x:
+          dims: "n i *s, o i *k, o? -> n o *t"
+          operands: [input, weight, bias]
+          sizes: {in_channels: i, out_channels: o}
+          modules: [torch.nn.Conv2d(input)]
+          samples:
+            - {call: torch.nn.Conv2d, init: {in_channels: 6, out_channels: 4, kernel_size: 3, groups: 2},
+               inputs: [[2, 6, 7, 5]]}
+        """,
+        "`i` is 6 in one operand, 3 in another",
+    ),
+    "depthwise_without_groups": (
+        """
+        x:
+          dims: "n i *s, o i *k, o? -> n o *t"
+          operands: [input, weight, bias]
+          sizes: {in_channels: i, out_channels: o}
+          modules: [torch.nn.Conv2d(input)]
+          samples:
+            - {call: torch.nn.Conv2d, init: {in_channels: 5, out_channels: 5, kernel_size: 3, groups: 5},
+               inputs: [[2, 5, 7, 6]]}
+        """,
+        "it does not run",
+    ),
+    "convolution_with_the_weights_of_a_transposed_one": (
+        """
+        x:
+          dims: "n i *s, i o *k, o? -> n o *t"
+          operands: [input, weight, bias]
+          sizes: {in_channels: i, out_channels: o}
+          modules: [torch.nn.Conv2d(input)]
+          samples: [{call: torch.nn.Conv2d, init: [4, 5, 3], inputs: [[2, 4, 7, 6]]}]
+        """,
+        "does not fit",
+    ),
+    "square_convolution_with_in_and_out_swapped": (
+        """
+        x:
+          dims: "n i *s, i o *k, o? -> n o *t"
+          operands: [input, weight, bias]
+          sizes: {in_channels: i, out_channels: o}
+          modules: [torch.nn.Conv2d(input)]
+          samples:
+            - {call: torch.nn.Conv2d, init: {in_channels: 4, out_channels: 4, kernel_size: 3, bias: false},
+               inputs: [[2, 4, 7, 6]]}
+        """,
+        "differs from the masked op",
+    ),
+    "transposed_convolution_with_the_axes_of_a_plain_one": (
+        """
+        x:
+          dims: "n i *s, o i *k, o? -> n o *t"
+          operands: [input, weight, bias]
+          sizes: {in_channels: i, out_channels: o}
+          modules: [torch.nn.ConvTranspose2d(input)]
+          samples:
+            - {call: torch.nn.ConvTranspose2d, init: {in_channels: 4, out_channels: 4, kernel_size: 2, bias: false},
+               inputs: [[2, 4, 3, 6]]}
+        """,
+        "differs from the masked op",
+    ),
+    "bias_that_is_not_said_to_be_added": (
+        """
+        x:
+          dims: "*b i, o i, o? -> *b o"
+          operands: [input, weight, bias]
+          sizes: {in_features: i, out_features: o}
+          modules: [torch.nn.Linear(input)]
+          samples: [{call: torch.nn.Linear, init: [4, 5], inputs: [[2, 3, 4]]}]
+        """,
+        "masked channels are said to stay zero, and do not",
+    ),
+    "sizes_that_are_not_rewritten": (
+        """
+        x:
+          dims: "n (g i) *s, (g i)?, (g i)? -> n (g i) *s"
+          operands: [input, weight, bias]
+          sizes: {num_groups: g}
+          mixes: [i, "*s"]
+          norm: true
+          scales: weight
+          modules: [torch.nn.GroupNorm(input)]
+          samples: [{call: torch.nn.GroupNorm, init: [6, 6], inputs: [[2, 6, 3, 5]]}]
+        """,
+        None,  # num_channels is only looked at when printed: the rule is poor, but not wrong
+    ),
+    "flip_as_pointwise": (
+        """
+        x:
+          kind: pointwise
+          calls: ["torch.flip(input, dims)"]
+          samples: [{call: torch.flip, inputs: [[2, 5, 3], {plain: [1]}]}]
+        """,
+        "changing x0[:, 0] changes output of other channels too",
+    ),
+    "sigmoid_keeps_zero": (
+        """
+        x:
+          kind: pointwise
+          calls: ["torch.sigmoid(input)"]
+          samples: [{call: torch.sigmoid, inputs: [[2, 3, 5]]}]
+        """,
+        "masked channels are said to stay zero, and do not",
+    ),
+    "group_norm_without_mixing": (
+        """
+        x:
+          dims: "n (g i) *s, (g i)?, (g i)? -> n (g i) *s"
+          operands: [input, weight, bias]
+          sizes: {num_groups: g, num_channels: g i}
+          norm: true
+          scales: weight
+          modules: [torch.nn.GroupNorm(input)]
+          samples: [{call: torch.nn.GroupNorm, init: [2, 6], inputs: [[2, 6, 3, 5]]}]
+        """,
+        "changes output of other channels too",
+    ),
+    "batch_norm_that_does_not_mix_the_batch": (
+        """
+        x:
+          dims: "n c *s, c?, c?, c?, c? -> n c *s"
+          operands: [input, running_mean, running_var, weight, bias]
+          adds: [running_mean, bias]
+          multiplies: [input, weight]
+          sizes: {num_features: c}
+          mixes: ["*s"]
+          modules: [torch.nn.BatchNorm2d(input)]
+          samples: [{call: torch.nn.BatchNorm2d, init: [4], inputs: [[2, 4, 3, 5]]}]
+        """,
+        "mixes along `n` in training",
+    ),
+    "mixing_that_is_not_there": (
+        """
+        x:
+          dims: "n c *s -> n c *t"
+          operands: [input]
+          mixes: [c]
+          calls: ["torch.nn.functional.avg_pool2d(input, kernel_size)"]
+          samples: [{call: torch.nn.functional.avg_pool2d, inputs: [[2, 3, 4, 6], {plain: 2}]}]
+        """,
+        "is said to mix along `c`, but no sample does",
+    ),
+    "pixel_shuffle_blocks_in_the_wrong_order": (
+        """
+        x:
+          dims: "n (r c) *s -> n c *t"
+          operands: [input]
+          modules: [torch.nn.PixelShuffle(input)]
+          samples: [{call: torch.nn.PixelShuffle, init: [2], inputs: [[2, 12, 3, 5]]}]
+        """,
+        "changes output of other channels too",
+    ),
+    "sum_as_if_channels_stayed": (
+        """
+        x:
+          dims: "n c s -> n c"
+          operands: [input]
+          calls: ["torch.sum(input, dim)"]
+          samples: [{call: torch.sum, inputs: [[2, 4, 4], {plain: 1}]}]
+        """,
+        "changes output of other channels too",
+    ),
+    "mean_as_if_it_were_a_sum": (
+        """
+        x:
+          kind: reduce
+          additive: true
+          operands: [input, dim, keepdim]
+          calls: ["torch.mean(input, dim, keepdim)"]
+          samples: [{call: torch.mean, inputs: [[2, 3, 5], {plain: 1}]}]
+        """,
+        "without part of x0 dim 1 it differs from the masked op",
+    ),
+    "layer_norm_over_the_wrong_dim": (
+        """
+        x:
+          dims: "*b c *s, c?, c? -> *b c *s"
+          operands: [input, weight, bias]
+          ranks: {s: normalized_shape}
+          mixes: [c]
+          norm: true
+          modules: [torch.nn.LayerNorm(input)]
+          samples: [{call: torch.nn.LayerNorm, init: [6], inputs: [[2, 6, 6]]}]
+        """,
+        "changes",
+    ),
+    "softmax_as_pointwise": (
+        """
+        x:
+          kind: pointwise
+          zero: "no"
+          calls: ["torch.softmax(input, dim)"]
+          samples: [{call: torch.softmax, inputs: [[2, 3, 5], {plain: 1}]}]
+        """,
+        "changing x0[:, 0] changes output of other channels too",
+    ),
+    "add_is_zero_where_one_operand_is": (
+        """
+        x:
+          kind: pointwise
+          zero: any
+          calls: ["torch.add(input, other)"]
+          samples: [{call: torch.add, inputs: [[2, 3, 5], [2, 3, 5]]}]
+        """,
+        "masked channels are said to stay zero, and do not",
+    ),
+    "attention_that_may_lose_keys": (
+        """
+        x:
+          dims: "*b l d, *b s d, *b s e -> *b l e"
+          operands: [query, key, value]
+          multiplies: value
+          pins: {scale: d}
+          calls: ["torch.nn.functional.scaled_dot_product_attention(query, key, value)"]
+          samples:
+            - {call: torch.nn.functional.scaled_dot_product_attention,
+               inputs: [[2, 3, 5, 7], [2, 3, 4, 7], [2, 3, 4, 6]]}
+        """,
+        "without part of x1 dim 2, x2 dim 2 it differs from the masked op",
+    ),
+    "attention_whose_scale_follows_the_width": (
+        """
+        x:
+          dims: "*b l d, *b s d, *b s e -> *b l e"
+          operands: [query, key, value]
+          multiplies: value
+          mixes: s
+          calls: ["torch.nn.functional.scaled_dot_product_attention(query, key, value)"]
+          samples:
+            - {call: torch.nn.functional.scaled_dot_product_attention,
+               inputs: [[2, 3, 5, 7], [2, 3, 4, 7], [2, 3, 4, 6]]}
+        """,
+        "without part of x0 dim 3, x1 dim 3 it differs from the masked op",
+    ),
+    "product_that_contracts_too_much": (
+        """
+        x:
+          dims: "*b i, *b i -> *b"
+          operands: [input, other]
+          calls: ["torch.mul(input, other)"]
+          samples: [{call: torch.mul, inputs: [[2, 4], [2, 4]]}]
+        """,
+        "does not fit",
+    ),
+    "channels_tied_that_have_nothing_to_do_with_each_other": (
+        """
+        x:
+          dims: "a i, b i -> i"
+          operands: [input, other]
+          calls: ["torch.kron(input, other)"]
+          samples: [{call: torch.outer, inputs: [[3], [3]]}]
+        """,
+        "another rule is used",
+    ),
+    "uniform_where_it_is_not": (
+        """
+        x:
+          kind: fill
+          calls: ["torch.arange(end)"]
+          samples: [{call: torch.arange, inputs: [{plain: 4}]}]
+        """,
+        "is said to fill, but its elements differ",
+    ),
+    "zeros_where_there_are_ones": (
+        """
+        x:
+          kind: fill
+          calls: ["torch.ones(*shape)"]
+          samples: [{call: torch.ones, inputs: [{plain: [2, 3]}]}]
+        """,
+        "is said to fill with zeros, and does not",
+    ),
+    "channels_forgotten": (
+        """
+        x:
+          kind: plain
+          calls: ["torch.relu(input)"]
+          samples: [{call: torch.relu, inputs: [[4, 4]]}]
+        """,
+        "is said to carry no channels, but its shape follows an operand's",
+    ),
+    "attribute_that_is_not_there": (
+        """
+        x:
+          dims: "*b i, o i, o? -> *b o"
+          operands: [input, weight, bias]
+          adds: bias
+          sizes: {in_feature: i, out_features: o}
+          modules: [torch.nn.Linear(input)]
+          samples: [{call: torch.nn.Linear, init: [4, 5], inputs: [[2, 4]]}]
+        """,
+        "`in_feature` is neither an attribute of torch.nn.Linear nor an argument",
+    ),
+    "name_that_is_not_there": (
+        """
+        x:
+          kind: pointwise
+          words: relu reluu
+          calls: ["torch.nn.functional.smile(input)"]
+          samples: [{call: torch.relu, inputs: [[2, 3]]}]
+        """,
+        "no op is called `reluu`",
+    ),
+    "call_that_no_sample_runs": (
+        """
+        x:
+          kind: pointwise
+          zero: "no"
+          words: sigmoid threshold
+          samples: [{call: torch.sigmoid, inputs: [[2, 3]]}]
+        """,
+        "no sample can be run as `torch.threshold`",
+    ),
+    "sample_that_cannot_be_built": (
+        """
+        x:
+          kind: pointwise
+          modules: [torch.nn.ReLU(input)]
+          samples: [{call: torch.nn.ReLU, init: {depth: 3}, inputs: [[2, 3]]}]
+        """,
+        "cannot be built",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, (_, wanted) in WRONG.items() if wanted])
+def test_wrong_rule_is_caught(name, tmp_path):
+    text, wanted = WRONG[name]
+    (rule,) = read(written(tmp_path, text))
+    findings = probe(rule)
+    assert any(wanted in str(finding) for finding in findings), "\n".join(map(str, findings))
+    assert all(f"{tmp_path}/mine.yaml:2 rule `x`" in str(finding) for finding in findings)
+
+
+def test_poor_rule_is_not_called_wrong(tmp_path):
+    (rule,) = read(written(tmp_path, WRONG["sizes_that_are_not_rewritten"][0]))
+    assert probe(rule) == []
+
+
+def test_finding_shows_rule_line_and_call(tmp_path):
+    (rule,) = read(written(tmp_path, WRONG["flip_as_pointwise"][0]))
+    assert str(probe(rule)[0]) == (
+        f"{tmp_path}/mine.yaml:2 rule `x`: torch.flip(2x5x3, [1]): "
+        "changing x0[:, 0] changes output of other channels too"
+    )
+
+
+def test_probing_changes_neither_rules_nor_random_state(tmp_path):
+    (rule,) = read(written(tmp_path, WRONG["sigmoid_keeps_zero"][0]))
+    before, state = rule_files.current(), torch.get_rng_state()
+    assert probe(rule)
+    assert rule_files.current() is before and rule not in before.rules
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_probe_all_names_every_wrong_rule(tmp_path):
+    text = "".join(
+        textwrap.dedent(WRONG[name][0]).replace("x:", f"{name}:", 1)
+        for name in ("flip_as_pointwise", "sigmoid_keeps_zero")
+    )
+    rules = Rules()
+    for rule in read(written(tmp_path, text)):
+        rules.add(rule)
+    found = fxprune.probe.probe_all(rules)
+    assert {finding.rule for finding in found} == {"flip_as_pointwise", "sigmoid_keeps_zero"}
+    assert all(isinstance(finding, Finding) for finding in found)
+
+
+# -- the calls a rule means ------------------------------------------------------------------------
+
+
+def test_word_means_functions_methods_ops_and_in_place_forms():
+    (rule,) = (rule for rule in _SHIPPED if "relu" in rule.words)
+    assert {"torch.relu", "torch.relu_", "Tensor.relu_", "aten.relu"} <= set(spellings(rule))
+    assert "torch.nn.functional.relu" in spellings(rule)
+
+
+@pytest.mark.parametrize(
+    "name", ["torch.nn.functional.gelu", "Tensor.T", "aten.relu", "operator.add"]
+)
+def test_names_resolve(name):
+    assert resolve(name) is not None
+
+
+@pytest.mark.parametrize("name", ["torch.nope", "Tensor.nope", "aten.nope", "torch.ops.nope.nope"])
+def test_other_names_do_not(name):
+    assert resolve(name) is None
+
+
+def rule_of(function, *args, **kwargs) -> str:
+    use = rule_files.current().of_function(function, (args, kwargs))
+    return use.rule.name if use else ""
+
+
+def test_aten_overloads_have_their_packets_rule():
+    assert rule_of(torch.ops.aten.add.Tensor) == "sums"
+    assert rule_of(torch.ops.aten.mean.dim, torch.ones(2), [0]) == "statistics"
+    assert rule_of(torch.ops.aten.convolution.default, *[None] * 6, False) == "convolution"
+    assert (
+        rule_of(torch.ops.aten.convolution.default, *[None] * 6, True) == "convolution_transposed"
+    )
+
+
+def test_the_same_name_with_other_arguments_is_another_rule():
+    x = torch.ones(2, 3)
+    assert rule_of(torch.max, x) == rule_of(torch.max, x, 1) == "statistics"
+    assert rule_of(torch.max, x, x) == rule_of(torch.max, x, other=x) == "larger_or_smaller_of_two"
+    assert rule_of(torch.pow, x, 2) == rule_of(torch.pow, x, 0.5) == "powers"
+    assert rule_of(torch.pow, x, -1) == rule_of(torch.pow, 2, x) == "loses_zero"
+    assert rule_of(torch.clamp, x, 0) == rule_of(torch.clamp, x, max=6) == "clamps"
+    assert rule_of(torch.clamp, x, 0.1) == rule_of(torch.clamp, x, x) == "loses_zero"
+    assert rule_of(torch.var, x, False) == "spreads_of_all"
+    assert rule_of(torch.var, x, 1) == rule_of(torch.var, x) == "spreads"
+    assert rule_of(torch.masked_fill, x, x > 0, 0.0) == "masked_to_zero"
+    assert rule_of(torch.masked_fill, x, x > 0, 1.0) == "loses_zero"
+    assert rule_of(torch.nn.functional.hardtanh, x) == "hard_limits"
+    assert rule_of(torch.nn.functional.hardtanh, x, 0.5, 2.0) == "loses_zero"
+    assert rule_of(torch.normal, 0.0, 1.0, (2, 3)) == "normal_of_size"
+    assert rule_of(torch.normal, x, x) == "normal_around"
+
+
+def test_methods_are_told_apart_by_their_arguments_too():
+    def of(name, *args, **kwargs):
+        return rule_files.current().of_method(name, (args, kwargs)).rule.name
+
+    x = torch.ones(2, 3)
+    assert of("normal_", x) == "random_values"
+    assert of("clamp_", x, 0, 6) == "clamps"
+    assert of("clamp_", x, 1) == "loses_zero"
+    assert of("to", x, x) == "takes_dtype_and_device"
+    assert of("to", x, torch.float16) == "keeps_zero"
+    assert of("add_", x, x) == "sums"
+    assert of("__and__", x, x) == "product"
+
+
+def test_a_node_stands_for_what_it_held(tmp_path):
+    graph = torch.fx.Graph()
+    node = graph.placeholder("x")
+    node.meta["val"] = torch.ones(2, device="meta")
+    assert rule_of(torch.max, node, node) == "larger_or_smaller_of_two"
+
+
+def test_modules_inherit_a_rule_as_long_as_they_compute_the_same():
+    class Same(nn.Conv2d):
+        def extra_repr(self):
+            return "mine"
+
+    class Other(nn.Conv2d):
+        def forward(self, input):
+            return super().forward(input) + input.mean()
+
+    rules = rule_files.current()
+    assert rules.of_module(Same).rule.name == "conv"
+    assert rules.of_module(Other) is None
+    assert rules.of_module(nn.MultiheadAttention) is None
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+BROKEN = {
+    "not_yaml": ("x: [1, 2", ":1", "is not YAML"),
+    "a_list": ("- one\n- two\n", ":1", "must hold named rules"),
+    "no_fields": ("one: 3\n", ":1", "rule `one` must hold fields"),
+    "unknown_field": (
+        "one:\n  kind: pointwise\n  wrods: relu\n",
+        ":3",
+        "hint: did you mean `words`?",
+    ),
+    "unknown_kind": ("one:\n  kind: pointwis\n", ":2", "kind"),
+    "unknown_zero": ("one:\n  kind: pointwise\n  zero: maybe\n", ":3", "zero"),
+    "dims_without_arrow": ("one:\n  dims: 'n c'\n  operands: [x]\n", ":1", "has no `->`"),
+    "dims_and_another_kind": (
+        "one:\n  kind: pointwise\n  dims: 'n -> n'\n  operands: [x]\n",
+        ":1",
+        "goes with kind dims",
+    ),
+    "kind_dims_alone": ("one:\n  kind: dims\n", ":1", "goes with kind dims"),
+    "letter_twice": (
+        "one:\n  dims: 'n n -> n'\n  operands: [x]\n",
+        ":1",
+        "`n` stands twice in `n n`",
+    ),
+    "operand_count": (
+        "one:\n  dims: 'n c, c -> n c'\n  operands: [x]\n",
+        ":1",
+        "1 operands are named, `n c, c -> n c` has 2",
+    ),
+    "size_of_no_letter": (
+        "one:\n  dims: 'n c -> n c'\n  operands: [x]\n  sizes: {width: d}\n",
+        ":1",
+        "`d` is not a letter",
+    ),
+    "mixes_no_letter": (
+        "one:\n  dims: 'n c -> n c'\n  operands: [x]\n  mixes: '*s'\n",
+        ":1",
+        "`*s` is not a letter",
+    ),
+    "scales_no_operand": (
+        "one:\n  dims: 'n c, c -> n c'\n  operands: [x, weight]\n  scales: wieght\n",
+        ":1",
+        "did you mean `weight`?",
+    ),
+    "adds_no_operand": (
+        "one:\n  dims: 'n c, c -> n c'\n  operands: [x, bias]\n  adds: base\n",
+        ":1",
+        "`base` is not an operand",
+    ),
+    "lonely_operand": (
+        "one:\n  dims: 'n c, d -> n c'\n  operands: [x, y]\n",
+        ":1",
+        "no letter of operand `y` (d) stands anywhere else",
+    ),
+    "no_call": ("one:\n  kind: pointwise\n  calls: [torch.relu]\n", ":1", "is not a call"),
+    "condition_on_no_argument": (
+        "one:\n  kind: pointwise\n  calls: ['torch.pow(input, exponent)']\n  when: {exponnt: 2}\n",
+        ":1",
+        "no call has an argument `exponnt`; did you mean `exponent`?",
+    ),
+    "second_rule": (
+        "one:\n  kind: pointwise\n\ntwo:\n  kind: pointwise\n  wrd: x\n",
+        ":6",
+        "`two`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_file_names_its_line_and_the_fault(name, tmp_path):
+    text, line, fault = BROKEN[name]
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RuleError) as error:
+        read(path)
+    assert str(error.value).startswith(f"{path}{line} ")
+    assert fault in str(error.value)
+
+
+def test_empty_file_holds_no_rules(tmp_path):
+    assert read(written(tmp_path, "# nothing yet\n")) == []
+
+
+def test_shipped_rules_name_their_file_and_line():
+    (conv,) = (rule for rule in _SHIPPED if rule.name == "conv")
+    file, line = conv.where.split(":")
+    assert file == "rules/ops/layers.yaml"
+    text = (rule_files.folder() / "ops" / "layers.yaml").read_text().splitlines()
+    assert text[int(line) - 1] == "conv:"
+
+
+# -- rules of one's own ----------------------------------------------------------------------------
+
+
+class Doubled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        return self.b(torch.special.i1(self.a(x)))
+
+
+def test_load_adds_a_rule_of_ones_own(tmp_path):
+    x = torch.randn(2, 3, 4, 4)
+    assert not fxprune.analyze(Doubled(), x).groups[0].prunable
+    path = written(
+        tmp_path,
+        """
+        bessel:
+          kind: pointwise
+          calls: ["torch.special.i1(input)"]
+          samples: [{call: torch.special.i1, inputs: [[2, 3, 5]]}]
+        """,
+    )
+    rule_files.load(path)
+    assert fxprune.analyze(Doubled(), x).groups[0].prunable
+    assert fxprune.prune(Doubled(), x, rate=0.5).a.weight.shape[0] == 4
+    assert probe(read(path)[0]) == []
+
+
+def test_loaded_rule_wins_over_the_shipped_one(tmp_path):
+    rule_files.load(
+        written(
+            tmp_path, "mine:\n  kind: plain\n  words: relu\n  modules: ['torch.nn.Conv2d(x)']\n"
+        )
+    )
+    assert rule_of(torch.relu) == "mine"
+    assert rule_files.current().of_method("relu_").rule.name == "mine"
+    assert rule_files.current().of_module(nn.Conv2d).rule.name == "mine"
+    assert rule_files.current().of_module(nn.Conv3d).rule.name == "conv"
+
+
+def test_broken_file_leaves_the_rules_in_force_alone(tmp_path):
+    before = rule_files.current()
+    path = written(tmp_path, "mine:\n  kind: plain\n  words: relu\n\nbad:\n  kind: none\n")
+    with pytest.raises(RuleError, match=r"mine\.yaml:5 rule `bad`"):
+        rule_files.load(path)
+    assert rule_files.current() is before
+    assert rule_of(torch.relu) == "keeps_zero"
