@@ -152,7 +152,7 @@ def analyze(
 def _refuse(found: Flow) -> None:
     node, reason = next(iter(found.unknown.items()))
     raise RuleError(
-        f"{node.op} {node.target} {reason}",
+        f"{_target(node)} {reason}",
         details=[("node", f"%{node.name}"), ("at", describe(node.meta.get("source")))],
         hint="add a line to a rule file and load it with fxprune.rules.load, "
         "or leave strict out to freeze what it touches",

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from .analysis import Analysis, analyze
 from .check import check_choice, check_count, check_finite, check_model, check_share, tensors_of
 from .criteria import Criterion, find
-from .errors import NothingToPrune
+from .errors import NothingToPrune, OptionError, PlanError
 from .flow import Mixing
 from .ignore import Ignore
 from .inputs import of_spec
@@ -103,6 +103,10 @@ def _options(
     """The options of selection, checked: `OptionError` names the one that is out of range."""
     check_share("rate", rate)
     check_share("max_rate", max_rate, whole=True)
+    if rates is not None and not (
+        isinstance(rates, Mapping) and all(isinstance(name, str) for name in rates)
+    ):
+        raise OptionError("rates must map name patterns to rates", hint='rates={"layer1.*": 0.3}')
     for pattern, value in (rates or {}).items():
         check_share(f"rates[{pattern!r}]", value)
     check_choice("scope", scope, ("local", "global"))
@@ -137,7 +141,7 @@ def _check_prunable(analysis: Analysis) -> None:
         details=why,
         hint="the last layer's outputs always stay; fxprune.analyze(model).frozen lists all reasons"
         if why
-        else "the model has no layer with channels that a rule knows",
+        else "no layer makes channels that are not the input's or the output's",
     )
 
 
@@ -176,6 +180,9 @@ def plan(
 
     ``scores=True`` puts every channel's score into the plan.
     """
+    if not isinstance(analysis, Analysis):
+        kind = type(analysis).__name__
+        raise OptionError(f"plan takes an Analysis, not a {kind}", hint="fxprune.analyze(model)")
     found = find(criterion)
     options = _options(rate, scope, select_by, rates, min_channels, max_rate, round_to)
     check_finite(analysis.tensors)
@@ -202,6 +209,10 @@ def apply(
 
 def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis:
     check_model(model)
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"a Plan is needed, not a {type(plan).__name__}", hint="Plan.from_json(text)"
+        )
     plan.check_fits(tensors_of(model))
     if example_inputs is None and plan.inputs is not None:
         example_inputs = of_spec(plan.inputs).args
@@ -241,6 +252,7 @@ def verify(
     Raises `VerificationError` with the largest difference if it does not, `PlanError` if the plan
     is for another model.
     """
+    check_model(pruned)
     analysis = _analysis_for(model, plan, example_inputs)
     return _verified(analysis, plan, kept_by_plan(analysis, plan), pruned, True)
 

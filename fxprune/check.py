@@ -114,7 +114,7 @@ def check_count(name: str, value: Any) -> None:
 
 def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
     """Raise `OptionError` unless `value` is one of `known`."""
-    if value not in known:
+    if not any(value is choice or value == choice for choice in known):
         choices = [str(choice) for choice in known]
         raise OptionError(
             f"{name}={value!r} is not known",

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import fx
 
 from .errors import OptionError, nearest
+from .groups import Group, Member
 from .ids import Slot
 from .trace import describe
 
 if TYPE_CHECKING:
     from .analysis import Analysis
+
+_HOW = {
+    "in": "reads what it makes",
+    "through": "carries what it makes",
+    "scale": "scales what it makes",
+    "out": "makes it",
+    "free": "holds it",
+}
 
 
 @dataclass(frozen=True)
@@ -24,10 +35,12 @@ class Step:
     right: str
     node: str
     source: str
+    how: str = "meet"
 
     def __str__(self) -> str:
-        at = f"  {self.source}" if self.source else ""
-        return f"{self.left} ~ {self.right}  by %{self.node}{at}"
+        at = f"in {self.node}" if self.node else ""
+        where = f"   {self.source}" if self.source else ""
+        return f"{self.left} ~ {self.right}\n    {self.how} {at}{where}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -39,40 +52,47 @@ class Explanation:
     lines: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        return "\n".join(
-            [
-                self.title,
-                *(f"  {step}" for step in self.steps),
-                *(f"  {line}" for line in self.lines),
-            ]
-        )
+        blocks = [str(step) for step in self.steps] + list(self.lines)
+        lines = [f"  {line}" for block in blocks for line in block.splitlines()]
+        return "\n".join([self.title, *lines])
 
 
 def explain(analysis: Analysis, a: str, b: str | None = None) -> Explanation:
-    """The group of `a`, or the chain of ties from `a` to `b`; `OptionError` for names not known."""
+    """The groups of `a`, or the chain of ties from `a` to `b`.
+
+    Where the two are not coupled, but `b` reads what `a` makes (or the other way round), the chain
+    shows that. Raises `OptionError` for names not known.
+    """
     slots = [slot for per in analysis.flow.ids.slots.values() for slot in per]
-    start = _slots_of(a, slots)
     if b is None:
-        return _group_of(analysis, a, start)
-    end = _slots_of(b, slots)
-    found = _chain(analysis, start, end)
-    if found is None:
-        return Explanation(f"{a} and {b} are not coupled")
-    return Explanation(f"{a} and {b} are coupled:", tuple(found))
+        return _groups_of(analysis, a, _meant(a, slots))
+    _meant(a, slots), _meant(b, slots)
+    ties = _Ties(analysis)
+    for x, y, read in ((a, b, False), (a, b, True), (b, a, True)):
+        steps = ties.chain(_meant(x, slots), _meant(y, slots, read))
+        if steps:
+            title = f"{a} and {b} are coupled:"
+            if read:
+                title = f"{a} and {b} are not coupled, but {y} reads what {x} makes:"
+            return Explanation(title, tuple(steps))
+    lines = [f"{name} is in {_named_groups(analysis, _meant(name, slots))}" for name in (a, b)]
+    return Explanation(f"{a} and {b} are not coupled:", lines=tuple(lines))
 
 
-def _slots_of(name: str, slots: list[Slot]) -> list[Slot]:
-    """The slots a name means: a module's own channels (what it makes), or a parameter's."""
-    exact = [s for s in slots if s.param == name]
-    inside = [s for s in slots if s.param.rpartition(".")[0] == name]
-    found = exact or [s for s in inside if s.role == "out"] or inside
-    if not found:
+def _meant(name: str, slots: Sequence[Slot], read: bool = False) -> list[Slot]:
+    """The slots a name means: a parameter's, or what a module makes (`read`: what it reads)."""
+    inside = [s for s in slots if s.param == name or s.param.rpartition(".")[0] == name]
+    if not inside:
         known = {s.param for s in slots} | {s.param.rpartition(".")[0] for s in slots}
         raise OptionError(
             f"`{name}` has no channels in this network",
             hint=nearest(name, known) or "name a layer or a parameter",
         )
-    return found
+    if read:
+        return [s for s in inside if s.role == "in"]
+    if inside[0].param == name:
+        return inside
+    return [s for s in inside if s.role in ("out", "free")] or inside
 
 
 def title(slot: Slot) -> str:
@@ -80,83 +100,258 @@ def title(slot: Slot) -> str:
     return f"{slot.param}[{slot.dim}]"
 
 
-def _group_of(analysis: Analysis, name: str, slots: list[Slot]) -> Explanation:
-    wanted = {slot.param for slot in slots}
+# -- chains ----------------------------------------------------------------------------------------
+
+
+class _Ties:
+    """All pairs of ids tied to each other, each with its node."""
+
+    def __init__(self, analysis: Analysis):
+        self.analysis = analysis
+        ids = analysis.flow.ids
+        self.slots = [slot for per in ids.slots.values() for slot in per]
+        self.count = ids.count
+        pairs = [(t.left, t.right, t.node) for t in ids.ties]
+        pairs += [(r.ids[:, 0], r.other, r.node) for r in ids.rows if r.other is not None]
+        left = [a.reshape(-1).numpy() for a, _, _ in pairs] or [np.zeros(0, np.int64)]
+        right = [b.reshape(-1).numpy() for _, b, _ in pairs] or [np.zeros(0, np.int64)]
+        self.nodes = [node for _, _, node in pairs]
+        self.which = np.repeat(np.arange(len(left)), [len(a) for a in left])
+        self.left, self.right = np.concatenate(left), np.concatenate(right)
+
+    def chain(self, start: list[Slot], end: list[Slot]) -> list[Step]:
+        """The shortest chain from an id of `start` to one of `end`; nothing if there is none."""
+        if not start or not end:
+            return []
+        path = self.path(_ids(start), _ids(end))
+        steps = [self.tied(x, y) for x, y in zip(path, path[1:], strict=False)]
+        if not path:
+            return []
+        first, last = _holding(start, path[0]), _holding(end, path[-1])
+        before = self.held(first, path[0], swapped=False)
+        after = self.held(last, path[-1], swapped=True)
+        if not steps and not before and not after and title(first) != title(last):
+            after = [self.step(title(first), title(last), last.node, _HOW[last.role])]
+        return [*before, *steps, *after]
+
+    def path(self, sources: np.ndarray, goals: np.ndarray) -> list[int]:
+        """Breadth first from all `sources` at once to the nearest of `goals`."""
+        from scipy.sparse import coo_matrix
+        from scipy.sparse.csgraph import breadth_first_order
+
+        real = (self.left > 0) & (self.right > 0)
+        root = np.full(len(sources), self.count)
+        left = np.concatenate([self.left[real], root])
+        right = np.concatenate([self.right[real], sources])
+        size = self.count + 1
+        edges = coo_matrix((np.ones(len(left), bool), (left, right)), shape=(size, size)).tocsr()
+        order, before = breadth_first_order(edges, self.count, directed=False)
+        reached = order[np.isin(order, goals)]
+        if not len(reached):
+            return []
+        path = [int(reached[0])]
+        while before[path[-1]] != self.count:
+            path.append(int(before[path[-1]]))
+        return path[::-1]
+
+    def tied(self, x: int, y: int) -> Step:
+        there = (self.left == x) & (self.right == y) | (self.left == y) & (self.right == x)
+        node = self.nodes[int(self.which[np.flatnonzero(there)[0]])]
+        return self.step(self.named(x), self.named(y), node, "meet")
+
+    def step(self, left: str, right: str, node: fx.Node | None, how: str) -> Step:
+        if node is None:
+            return Step(left, right, "", "", how)
+        shown = node_text(node, self.analysis.graph)
+        return Step(left, right, shown, describe(node.meta.get("source")), how)
+
+    def held(self, slot: Slot, one: int, swapped: bool) -> list[Step]:
+        """The step between a slot and the one that makes its channels, where that is another."""
+        maker = self.maker(one)
+        if maker is None or slot.role in ("out", "free") or title(maker) == title(slot):
+            return []
+        names = (title(maker), title(slot)) if swapped else (title(slot), title(maker))
+        return [self.step(*names, slot.node, _HOW[slot.role])]
+
+    def maker(self, one: int) -> Slot | None:
+        holding = [slot for slot in self.slots if bool((slot.ids == one).any())]
+        made = [slot for slot in holding if slot.role in ("out", "free")]
+        return next(iter(made or holding), None)
+
+    def named(self, one: int) -> str:
+        """The slot that makes an id; padding makes ids that lie in no parameter."""
+        maker = self.maker(one)
+        return title(maker) if maker is not None else "padding"
+
+
+def _ids(slots: Iterable[Slot]) -> np.ndarray:
+    found = np.unique(np.concatenate([slot.ids.reshape(-1).numpy() for slot in slots]))
+    return found[found > 0]
+
+
+def _holding(slots: Iterable[Slot], one: int) -> Slot:
+    return next(slot for slot in slots if bool((slot.ids == one).any()))
+
+
+# -- groups ----------------------------------------------------------------------------------------
+
+
+def _of_slots(analysis: Analysis, slots: Sequence[Slot]) -> list[Group]:
+    """The groups in which slots lie."""
+    wanted = {(slot.param, slot.dim, slot.role) for slot in slots}
+    return [
+        group
+        for group in analysis.groups
+        if any((m.param, m.dim, m.role) in wanted for m in group.members)
+    ]
+
+
+def _named_groups(analysis: Analysis, slots: Sequence[Slot]) -> str:
+    found = _of_slots(analysis, slots)
+    shown = ", ".join(f"group {g.name} ({len(g)} channels)" for g in found[:4])
+    return shown + (f" and {len(found) - 4} more" if len(found) > 4 else "") or "no group"
+
+
+def _groups_of(analysis: Analysis, name: str, slots: Sequence[Slot]) -> Explanation:
     lines: list[str] = []
-    for group in analysis.groups:
-        roles = {s.role for s in slots}
-        if any(m.param in wanted and m.role in roles for m in group.members):
-            state = "may shrink" if group.prunable else f"frozen: {group.frozen.reason}"  # type: ignore[union-attr]
-            lines.append(f"group {group.name}, {len(group)} channels, {state}")
-            if group.frozen is not None and group.frozen.node is not None:
-                lines.append(
-                    f"  by %{group.frozen.node.name}  {describe(group.frozen.node.meta.get('source'))}"
-                )
-            lines += [f"  {m.role:<7} {m.param}[{m.dim}]" for m in group.members]
+    for group in _of_slots(analysis, slots):
+        lines.append(f"group {group.name}, {len(group)} channels, {state(group)}")
+        if group.frozen is not None and group.frozen.node is not None:
+            node = group.frozen.node
+            where = describe(node.meta.get("source"))
+            lines.append(f"  in {node_text(node, analysis.graph)}   {where}".rstrip())
+        made, read = members_text(group)
+        lines += [f"  makes  {text}" for text in made]
+        lines += [f"  reads  {text}" for text in read]
+        lines += [f"  {text}" for text in _bounds(analysis, group)]
     return Explanation(f"{name}:", lines=tuple(lines))
 
 
-def _chain(analysis: Analysis, start: list[Slot], end: list[Slot]) -> list[Step] | None:
-    """Breadth first through ties, from an id of `start` to one of `end`."""
-    ids = analysis.flow.ids
-    goal = set(np.concatenate([s.ids.reshape(-1).numpy() for s in end]).tolist())
-    neighbours: dict[int, list[tuple[int, int]]] = {}
-    for k, tie in enumerate(ids.ties):
-        for x, y in zip(tie.left.reshape(-1).tolist(), tie.right.reshape(-1).tolist(), strict=True):
-            if x and y and x != y:
-                neighbours.setdefault(x, []).append((y, k))
-                neighbours.setdefault(y, []).append((x, k))
-    first = sorted(np.concatenate([s.ids.reshape(-1).numpy() for s in start]).tolist())
-    came: dict[int, tuple[int, int] | None] = dict.fromkeys(first)
-    queue = deque(came)
-    while queue:
-        here = queue.popleft()
-        if here in goal:
-            return _steps(analysis, _path(came, here), start, end)
-        for other, k in neighbours.get(here, ()):
-            if other not in came:
-                came[other] = (here, k)
-                queue.append(other)
-    return None
+def state(group: Group) -> str:
+    """``may shrink``, or why not."""
+    return "may shrink" if group.frozen is None else f"frozen: {group.frozen.reason}"
 
 
-def _path(came, here: int) -> list[tuple[int, int, int]]:
-    path = []
-    while came[here] is not None:
-        before, k = came[here]
-        path.append((before, here, k))
-        here = before
-    return path[::-1]
+def _bounds(analysis: Analysis, group: Group) -> list[str]:
+    """The equal counts that bind a group, each node once."""
+    mine = set(group.channels.tolist())
+    found = {}
+    for constraint in analysis.all_groups.constraints:
+        rows = constraint.rows
+        if mine & set(rows.reshape(-1).tolist()):
+            shape = f"{rows.shape[0]} blocks of {rows.shape[1]}"
+            found[constraint.node] = f"keeps equal counts in {shape}, for %{constraint.node.name}"
+    return list(found.values())
 
 
-def _steps(
-    analysis: Analysis, path: list[tuple[int, int, int]], start: list[Slot], end: list[Slot]
-) -> list[Step]:
-    owners = _owners(analysis)
-    if not path:
-        readers = [s for s in end if s.node is not None]
-        node = readers[0].node if readers else None
-        where = describe(node.meta.get("source")) if node is not None else ""
-        return [Step(title(start[0]), title(end[0]), node.name if node is not None else "", where)]
-    steps = []
-    for x, y, k in path:
-        node = analysis.flow.ids.ties[k].node
-        where = describe(node.meta.get("source")) if node is not None else ""
-        steps.append(
-            Step(_named(x, owners), _named(y, owners), node.name if node is not None else "", where)
-        )
-    return steps
+def members_text(group: Group) -> tuple[list[str], list[str]]:
+    """What makes or carries a group's channels, and what reads them, as ``conv1.weight[0]``.
+
+    A norm's parameters are one entry, ``bn1.*[0]``; ``[1] 0..7`` are positions where a channel
+    group holds a part of a dim only, ``x16`` says that a channel has so many.
+    """
+    made: dict[str, list[str]] = {}
+    read: list[str] = []
+    for member in group.members:
+        text = _positions(member)
+        if member.role == "in":
+            read.append(f"{member.param}[{member.dim}]{text}")
+        else:
+            module, _, leaf = member.param.rpartition(".")
+            made.setdefault(f"{module}\n[{member.dim}]{text}", []).append(leaf)
+    return [_joined(key, leaves) for key, leaves in made.items()], read
 
 
-def _owners(analysis: Analysis) -> list[tuple[Slot, np.ndarray]]:
-    slots = [slot for per in analysis.flow.ids.slots.values() for slot in per]
-    slots.sort(key=lambda s: s.role not in ("out", "free"))
-    return [(slot, slot.ids.reshape(-1).numpy()) for slot in slots]
+def _joined(key: str, leaves: list[str]) -> str:
+    module, _, rest = key.partition("\n")
+    prefix = f"{module}." if module else ""
+    if len(leaves) > 2:
+        return f"{prefix}*{rest}"
+    return " ".join(f"{prefix}{leaf}{rest}" for leaf in leaves)
 
 
-def _named(one: int, owners: list[tuple[Slot, np.ndarray]]) -> str:
-    for slot, ids in owners:
-        at = np.flatnonzero(ids == one)
-        if len(at):
-            return f"{title(slot)} {int(at[0])}"
-    return f"padding {one}"
+def _positions(member: Member) -> str:
+    positions = member.positions
+    times = f" x{positions.shape[1]}" if positions.ndim > 1 and positions.shape[1] > 1 else ""
+    flat = np.sort(positions.reshape(-1))
+    whole = flat[0] == 0 and len(flat) == flat[-1] + 1
+    return times if whole else f" {ranges(flat.tolist())}{times}"
+
+
+# -- text ------------------------------------------------------------------------------------------
+
+
+def node_text(node: fx.Node, graph: fx.GraphModule | None = None) -> str:
+    """``%add_ = add_(%bn2, %maxpool)``: a node as it would be written."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return f"%{node.name}"
+    return f"%{node.name} = {call_text(node, graph)}"
+
+
+def call_text(node: fx.Node, graph: fx.GraphModule | None = None) -> str:
+    """A node's call: ``Conv2d conv1(%x)``, ``torch.cat([%a, %b], 1)``, ``%x.view(2, -1)``."""
+    args = [_argument(arg) for arg in node.args]
+    args += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
+    if node.op == "call_module":
+        module = graph.get_submodule(str(node.target)) if graph is not None else None
+        kind = f"{type(module).__name__} " if module is not None else ""
+        return f"{kind}{node.target}({', '.join(args)})"
+    if node.op == "call_method":
+        return f"{args[0]}.{node.target}({', '.join(args[1:])})"
+    if node.target is getattr:
+        return f"{args[0]}.{node.args[1]}"
+    return f"{target_text(node.target)}({', '.join(args)})"
+
+
+def target_text(target: object) -> str:
+    """``torch.cat``, ``operator.add``, ``aten.relu.default``: what a node calls."""
+    if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
+        return str(target)
+    name = torch.typename(target)
+    for prefix in ("torch._C._nn.", "torch.nn.functional."):
+        name = name.replace(prefix, "F.")
+    return name.replace("_operator.", "operator.")
+
+
+def _argument(arg: object) -> str:
+    if isinstance(arg, fx.Node):
+        return f"%{arg.name}"
+    if isinstance(arg, (list, tuple)):
+        inside = ", ".join(map(_argument, arg))
+        return f"[{inside}]" if isinstance(arg, list) else f"({inside})"
+    if isinstance(arg, slice):
+        parts = [arg.start, arg.stop, arg.step]
+        shown = ["" if part is None else _argument(part) for part in parts]
+        return ":".join(shown[:2] if parts[2] is None else shown)
+    if isinstance(arg, torch.Tensor):
+        return f"tensor{list(arg.shape)}"
+    return "..." if arg is Ellipsis else repr(arg)
+
+
+def ranges(numbers: Sequence[int], *, limit: int = 8) -> str:
+    """Numbers in readable runs: ``0..3 7 9..12``; ``5 x16`` is repeated; long lists are cut."""
+    runs: list[list[int]] = []  # first, last, count
+    for n in numbers:
+        if runs and runs[-1][1] == n and runs[-1][0] in (n, runs[-1][1]) and _flat(runs[-1]):
+            runs[-1][2] += 1
+        elif runs and n == runs[-1][1] + 1 and not _repeats(runs[-1]):
+            runs[-1][1:] = [n, runs[-1][2] + 1]
+        else:
+            runs.append([n, n, 1])
+    shown = [_run(*run) for run in runs[:limit]]
+    rest = sum(run[2] for run in runs[limit:])
+    return " ".join(shown) + (f" and {rest} more" if rest else "")
+
+
+def _flat(run: list[int]) -> bool:
+    return run[0] == run[1]
+
+
+def _repeats(run: list[int]) -> bool:
+    return run[0] == run[1] and run[2] > 1
+
+
+def _run(first: int, last: int, count: int) -> str:
+    if first == last:
+        return f"{first} x{count}" if count > 1 else str(first)
+    return f"{first}..{last}" if last > first + 1 else f"{first} {last}"

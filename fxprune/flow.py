@@ -246,9 +246,8 @@ class _Run:
     def do_dims(self, node: fx.Node, use: Use) -> Any:
         rule, bound = use.rule, self.bound(node, use)
         values = [self.operand(node, bound, name) for name in rule.operands]
-        self._freeze_unnamed(
-            node, {name: bound[name] for name in bound if name not in rule.operands}
-        )
+        known = {*rule.operands, *rule.ignores}
+        self._freeze_unnamed(node, {name: bound[name] for name in bound if name not in known})
         return self.run_letters(node, use, rule.pattern, values, bound)
 
     def _freeze_unnamed(self, node: fx.Node, rest: dict[str, Any]) -> None:
@@ -614,7 +613,14 @@ class _Run:
         values = [
             self.opened(v if isinstance(v, Value) else self.result.values[v]) for v in tensors
         ]
-        values = [v for v in values if len(v.shape) == len(shape) - use.rule.new_dim]
+        rank = len(shape) - use.rule.new_dim
+        for value in values:
+            if len(value.shape) != rank:
+                for layer in value.layers:
+                    self.ids.freeze(node, layer.ids, f"is joined at %{node.name} with another rank")
+        values = [v for v in values if len(v.shape) == rank]
+        if not values:
+            return Value(shape)
         if use.rule.new_dim:
             values = [_unsqueezed(v, dim) for v in values]
             rows = [_as_row(v, dim) for v in values]

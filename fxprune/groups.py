@@ -146,10 +146,12 @@ def _freeze_unmade(label: np.ndarray, slots: list[Slot], reasons: dict[int, Free
     """Channels that no parameter makes stay, and those of tables that no layer reads."""
     made = np.zeros(label.max() + 1, bool)
     used = made.copy()
-    for slot in slots:
+    owner = np.full(len(made), -1)  # the one slot that holds a class so far
+    for k, slot in enumerate(slots):
         classes = label[slot.ids.reshape(-1).numpy()]
         made[classes] |= slot.role in ("out", "free")
-        used[classes] |= slot.role != "free"
+        used[classes] |= (slot.role != "free") | ((owner[classes] >= 0) & (owner[classes] != k))
+        owner[classes] = k
     for fine, why in ((made, "is made by no parameter"), (used, "is read by no layer")):
         known = fine.copy()
         known[list(reasons)] = True

@@ -20,6 +20,9 @@ def ignored(analysis: Analysis, ignore: Ignore) -> dict[int, str]:
     """Group number -> why it is left alone; `OptionError` for an item that matches nothing."""
     if isinstance(ignore, (str, nn.Module, type)):
         ignore = (ignore,)
+    if not isinstance(ignore, Sequence):
+        kind = type(ignore).__name__
+        raise OptionError(f"ignore is a {kind}", hint="a list of name patterns, modules or types")
     found: dict[int, str] = {}
     for item in ignore:
         names, inputs = _names_of(analysis, item)
@@ -41,7 +44,7 @@ def _names_of(analysis: Analysis, item: Any) -> tuple[set[str], bool]:
     modules = dict(analysis.model.named_modules())
     if isinstance(item, str):
         inputs, pattern = item.startswith("in:"), item.removeprefix("in:")
-        known = {*modules, *analysis.tensors}
+        known = {*modules, *analysis.tensors} - {""}
         names = {n for n in known if fnmatch.fnmatchcase(n, pattern)}
         names |= {n for n in known if any(n.startswith(f"{m}.") for m in names if m)}
         _must_match(bool(names), f"ignore pattern `{item}`", pattern, known)

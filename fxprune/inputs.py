@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import FxpruneError, InputError
+from .errors import FxpruneError, InputError, PlanError
 from .rules import Rules
 from .trace import trace
 
@@ -54,13 +54,12 @@ def given(example_inputs: Any) -> Inputs:
 
 
 def of_spec(spec: Any) -> Inputs:
-    """Inputs of the shapes a plan was made with."""
-    return Inputs(
-        tuple(
-            torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for shape, dtype in spec
-        ),
-        {},
-    )
+    """Inputs of the shapes a plan was made with; `PlanError` where they cannot be read."""
+    try:
+        made = [torch.empty(shape, dtype=getattr(torch, d), device="meta") for shape, d in spec]
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise PlanError(f"the plan's inputs {spec} cannot be read: {error}") from None
+    return Inputs(tuple(made), {})
 
 
 def traced(model: nn.Module, example_inputs: Any, rules: Rules):

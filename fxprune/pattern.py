@@ -242,7 +242,7 @@ def _dims(operand: Operand, shape: Shape, ranks: Mapping[str, int]) -> list[tupl
             missing -= skip
             dims += [(f"{letter}{i}",) for i in range(skip, ranks[letter])]
     if missing or len(dims) != len(shape):
-        raise RuleError(f"`{operand}` needs {len(dims) + missing} dims, the value has {len(shape)}")
+        raise RuleError(f"`{operand}` does not fit a value of {len(shape)} dims")
     return dims
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
@@ -35,7 +35,7 @@ class Plan(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    format: int = 1
+    format: Literal[1] = 1
     fxprune: str = ""
     torch: str = ""
     model: str = ""
@@ -85,11 +85,11 @@ class Plan(BaseModel):
 
 
 def _differences(planned: Mapping[str, list[int]], found: Mapping[str, list[int]]) -> Iterable[str]:
-    for name in planned.keys() - found.keys():
+    for name in sorted(planned.keys() - found.keys()):
         yield f"{name} {planned[name]} is not in the model"
-    for name in found.keys() - planned.keys():
+    for name in sorted(found.keys() - planned.keys()):
         yield f"{name} {found[name]} is not in the plan"
-    for name in planned.keys() & found.keys():
+    for name in sorted(planned.keys() & found.keys()):
         if planned[name] != found[name]:
             yield f"{name} is {found[name]}, planned for {planned[name]}"
 

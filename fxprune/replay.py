@@ -31,7 +31,20 @@ def kept_by_plan(analysis: Analysis, plan: Plan) -> Tensor:
     kept[0] = True
     for line in lines:
         _check(line, kept)
+    _check_unplanned(analysis, plan, kept)
     return kept_ids(analysis, kept)
+
+
+def _check_unplanned(analysis: Analysis, plan: Plan, kept: np.ndarray) -> None:
+    """What the plan does not name is whole, and so is everything coupled to it."""
+    for param, slots in analysis.flow.ids.slots.items():
+        for slot in slots:
+            lost = not kept[analysis.all_groups.channel[slot.ids.numpy()]].all()
+            if lost and slot.dim not in plan.kept.get(param, {}):
+                raise PlanError(
+                    f"the plan leaves out {param} dim {slot.dim}, which is coupled to what it narrows",
+                    hint="coupled slices go together; fxprune.analyze(model).explain lists them",
+                )
 
 
 @dataclass(frozen=True)
@@ -57,6 +70,8 @@ def _mask(title: str, shape: tuple[int, ...], rows: Kept) -> np.ndarray:
     nested = bool(rows) and isinstance(rows[0], list)
     if nested != (len(shape) == 2) or (nested and len(rows) != shape[0]):
         raise PlanError(f"the plan's indices of {title} do not have the layout of its blocks")
+    if not rows or (nested and len({len(row) for row in rows if isinstance(row, list)}) > 1):
+        raise PlanError(f"the plan keeps nothing of {title}, or blocks of different widths")
     mask = np.zeros(shape, bool)
     lists: Any = rows if nested else [rows]
     for line, indices in zip(mask.reshape(-1, shape[-1]), lists, strict=True):

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .check import check_choice
 from .criteria import Criterion, Slices
-from .errors import CriterionError, OptionError, nearest
+from .errors import CriterionError
 from .groups import Group, Groups
 
 Reduce = Literal["mean", "sum", "max", "first"]
@@ -36,11 +37,7 @@ def score(
     `tensors` are the model's parameters and buffers by name; `reduce` joins the scores of coupled
     layers. Raises `CriterionError` where the criterion does not give one finite number a channel.
     """
-    if reduce not in _REDUCTIONS:
-        raise OptionError(
-            f"reduce=`{reduce}` is not known",
-            hint=nearest(reduce, _REDUCTIONS) or "mean, sum, max, first",
-        )
+    check_choice("reduce", reduce, tuple(_REDUCTIONS))
     join = _REDUCTIONS[reduce]
     with torch.no_grad():
         return {
@@ -51,8 +48,20 @@ def score(
 
 
 def _scores(group: Group, slices: Slices, name: str, criterion: Criterion, join) -> np.ndarray:
-    found = criterion(slices)
+    try:
+        found = criterion(slices)
+    except Exception as error:
+        raise CriterionError(
+            f"criterion `{name}` fails on group {group.name}: {type(error).__name__}: {error}",
+            details=[("members", ", ".join(f"{m.param}[{m.dim}]" for m in group.members[:4]))],
+            hint="it gets a group's Slices: .filters, .scales, .layers, .consumers, len(group)",
+        ) from error
     per_layer = list(found) if isinstance(found, (list, tuple)) else [found]
+    if not per_layer:
+        raise CriterionError(
+            f"criterion `{name}` gave no scores for group {group.name}",
+            hint="return one score a channel; group.scales is empty where nothing normalises",
+        )
     for each in per_layer:
         if not isinstance(each, Tensor) or tuple(each.shape) != (len(group),):
             got = tuple(each.shape) if isinstance(each, Tensor) else type(each).__name__

@@ -105,6 +105,7 @@ class _Tracer(TorchFunctionMode):
         self.original = model
         self.model = skeleton(model)
         self.inside = 0  # how many leaf modules we are in
+        self.leaf = ""  # the leaf module being run, for errors
         self.nodes: dict[int, fx.Node] = {}  # id(tensor) -> node
         self.kept: list[Any] = []  # keeps ids from being used again
         self.exprs: dict[Any, fx.Node] = {}
@@ -188,15 +189,20 @@ class _Tracer(TorchFunctionMode):
         ]
         where = user[-1] if user else frames[-1]
         line = (where.code_context or [""])[0].strip()
-        details = [("at", f"{where.filename}:{where.lineno}, in {where.function}: {line}")]
+        details = [("in", self.leaf)]
+        if user or not self.leaf:
+            details.append(("at", f"{where.filename}:{where.lineno}, in {where.function}: {line}"))
         last = next(iter(reversed(self.graph.nodes)), None)
         details.append(("after", f"%{last.name} = {last.target}" if last is not None else ""))
         name = type(self.original).__name__
-        message = str(error).strip().split("\n")[0]
-        value_dependent = any(
-            word in message for word in ("meta tensor", "Meta tensor", "data-dependent", "nonzero")
-        )
-        if value_dependent:
+        message = str(error).strip().split("\n")[0].split(". ")[0][:200]
+        if "TorchScript" in message:
+            return TraceError(
+                f"{name}.forward calls a scripted function, which has no Python to trace",
+                details=details,
+                hint="use the function as it was before torch.jit.script",
+            )
+        if any(word in message.lower() for word in ("meta tensor", "data-dependent", "nonzero")):
             return TraceError(
                 f"{name}.forward depends on the values in a tensor: {message}",
                 details=details,
@@ -328,6 +334,8 @@ class _Tracer(TorchFunctionMode):
         versions = {id(t): t._version for t in _tensors((args, kwargs))}
         name = self.module_names[id(module)]
         node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
+        shapes = ", ".join("x".join(map(str, t.shape)) for t in _tensors((args, kwargs)))
+        self.leaf = f"{type(module).__name__} `{name}` on {shapes}"
         with torch._C.DisableTorchFunction():
             value = unchanged_shape(self.rules, module, args, kwargs)
         if value is None:
@@ -336,6 +344,7 @@ class _Tracer(TorchFunctionMode):
                 value = call(module, *args, **kwargs)
             finally:
                 self.inside -= 1
+        self.leaf = ""
         node = self.create("call_module", name, node_args, node_kwargs)
         return self.opened(node, self.own(value, args, versions))
 

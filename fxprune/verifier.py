@@ -84,7 +84,7 @@ class _Shapes(fx.Interpreter):
             found = super().run_node(n)
         except Exception as error:
             raise VerificationError(
-                f"the pruned graph does not run at %{n.name}: {str(error).splitlines()[0]}",
+                f"the pruned graph does not run at %{n.name}: {_first_line(error)}",
                 details=[("node", n.format_node() or "")],
                 hint="this is a defect of fxprune, or of a rule; please report it with the dump",
             ) from error
@@ -118,7 +118,7 @@ def verify_numbers(
                 return run.compare(dtype)
             except RuntimeError as error:  # code that fixes a dtype does not run in another
                 errors.append(error)
-    fault = f"the original or the pruned network does not run: {errors[-1]}"
+    fault = f"the original or the pruned network does not run: {_first_line(errors[-1])}"
     raise VerificationError(fault) from errors[-1]
 
 
@@ -163,7 +163,9 @@ class _Run:
 
     def model_once(self) -> list[Tensor]:
         """The original's own forward in eval mode, on a copy that shares its parameters."""
-        copy = skeleton(self.model).eval()
+        copy = skeleton(self.model)
+        for module in copy.modules():
+            module.__dict__["training"] = False
         buffers = {name: b.clone() for name, b in copy.named_buffers(remove_duplicate=False)}
         real = self.real()
         return _tensors(functional_call(copy, buffers, real.args, real.kwargs))
@@ -173,12 +175,14 @@ class _Run:
         pruned = self.pruned
         flags = {module: module.training for module in pruned.modules()}
         buffers = {name: b.clone() for name, b in pruned.named_buffers(remove_duplicate=False)}
-        pruned.eval()
+        for module in flags:
+            module.training = False
         try:
             functional_call(pruned, buffers, tuple(self.arguments()))
         except Exception as error:
+            message = f"{type(error).__name__}: {_first_line(error)}"
             raise VerificationError(
-                f"the pruned network does not run: {type(error).__name__}: {error}",
+                f"the pruned network does not run: {message}",
                 hint="this is a defect of fxprune; please report it with the dump",
             ) from error
         finally:
@@ -202,6 +206,10 @@ class _Run:
         elements = sum(t.numel() for t in expected)
         name = str(own).removeprefix("torch.")
         return Verification(True, worst, elements, name, self.inputs.describe(), kind)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _worst(expected: list[Tensor], got: list[Tensor]) -> float:

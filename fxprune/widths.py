@@ -84,10 +84,12 @@ class Widths:
         kept = torch.ones(value.shape[dim], dtype=torch.bool)
         for layer in self.layers(value):
             mask = self.kept[layer.ids]
-            if dim in layer.varying and not mask.all():
-                if layer.varying != (dim,):
-                    return None
+            if dim not in layer.varying or mask.all():
+                continue
+            if layer.varying == (dim,):
                 kept &= mask.reshape(-1)
+            elif not mask.any(dim=_others(mask.ndim, dim)).all() or dim == layer.varying[-1]:
+                return None
         return kept
 
     def compact(self, node: fx.Node, value: Value, layer: Layer) -> Tensor:

@@ -3,7 +3,7 @@
 A network is a stem, a list of blocks and a head, all given by name, and a seed for every number in
 them. `networks()` is the hypothesis strategy (it shrinks the list of blocks); `random_network`
 draws the same kind of network from a seed alone. Everything is float64, a few dozen channels wide
-at most, on pictures of 8x8. Statistics and affine parameters of norms are random, so that no channel
+at most, on pictures of 8x8. Statistics and affine parameters of norms are random, so that none
 is an identity by luck.
 """
 

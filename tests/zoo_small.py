@@ -6,8 +6,8 @@ A network is one function and the modules it uses::
     def gate(m, x):
         return m.b(m.a(x).sigmoid())
 
-The oracle knows nothing of fxprune but `Plan.kept`: it zeroes what was dropped in a deep copy of the
-original and runs both.
+The oracle knows nothing of fxprune but `Plan.kept`: it zeroes what was dropped in a deep copy of
+the original and runs both.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Case:
     inputs: tuple
     parts: dict[str, Any]
     half: dict[str, int] = field(default_factory=dict)
-    frozen: tuple[str, ...] = ()
+    frozen: str = ""
     mixing: str = "norms"
     oracle: str = "masked"
 
@@ -61,18 +61,23 @@ class Case:
 
 
 def net(
-    *inputs: Any, half: str = "", frozen: Any = (), mixing: str = "norms", oracle: str = "", into=None, **parts: Any
-):  # fmt: skip
-    """Make a network of a function and its modules. ``half="a 4, b 6"`` gives widths at rate 0.5."""
+    *inputs: Any,
+    half: str = "",
+    frozen: str = "",
+    mixing: str = "norms",
+    oracle: str = "",
+    into: dict[str, Case] | None = None,
+    **parts: Any,
+) -> Callable[[Callable], Case]:
+    """Make a network of a function and its modules. ``half="a 4"`` gives widths at rate 0.5."""
 
     def register(forward: Callable) -> Case:
-        texts = (frozen,) if isinstance(frozen, str) else tuple(frozen)
         sizes = {
             name: int(size)
             for name, size in (item.split() for item in half.split(",") if item.strip())
         }
         judge = oracle or ("narrowed" if mixing == "all" else "masked")
-        case = Case(forward, inputs, parts, sizes, texts, mixing, judge)
+        case = Case(forward, inputs, parts, sizes, frozen, mixing, judge)
         if into is not None:
             into[forward.__name__] = case
         return case
@@ -217,7 +222,8 @@ def _norms_over_kept(made: nn.Module, kept: Mapping[str, Mapping[int, Any]]) -> 
 
 
 def narrowed(model: nn.Module, kept: Mapping[str, Mapping[int, Any]]) -> nn.Module:
-    """The original's own Python over narrow tensors: the reference where statistics run over channels."""
+    """The original's own Python over narrow tensors: what to compare with where statistics run
+    over channels."""
     made = copy.deepcopy(model)
     for name, tensor_ in [*model.named_parameters(), *model.named_buffers()]:
         owner, _, field_ = name.rpartition(".")
@@ -292,8 +298,8 @@ def assert_exact(
 ) -> Any:  # fmt: skip
     """Prune `model` and prove that the result computes the masked original; give the result.
 
-    `others` are further arguments to compare on (other batch and image sizes). `oracle` is "masked",
-    or "narrowed" where statistics run over channels outside of a norm's module.
+    `others` are further arguments to compare on (other batch and image sizes). `oracle` is
+    "masked", or "narrowed" where statistics run over channels outside of a norm's module.
     """
     before = {k: v.clone() for k, v in model.state_dict().items()}
     example = args if kwargs is None else _bound(model, args, kwargs)
@@ -349,6 +355,9 @@ def source(pruned: Any) -> str:
 
 ODD: dict[str, Case] = {}
 
+# A network's parts stand in one paragraph, not one a line.
+# fmt: off
+
 
 def odd(*inputs: Any, **parts: Any):
     return net(*inputs, into=ODD, **parts)
@@ -371,11 +380,7 @@ def patches(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    b=nn.Linear(8, 12),
-    c=nn.Linear(12, 5),
-    d=conv(5, 2, 1),
+    image(), a=conv(3, 8), b=nn.Linear(8, 12), c=nn.Linear(12, 5), d=conv(5, 2, 1),
     half="a 4, b 6, c 3",
 )
 def tokens_and_back(m, x):
@@ -419,11 +424,7 @@ def depth_by_hand(m, x):
 
 
 @odd(
-    image(),
-    q=conv(3, 8, 1),
-    k=conv(3, 8, 1),
-    v=conv(3, 6, 1),
-    o=conv(6, 2, 1),
+    image(), q=conv(3, 8, 1), k=conv(3, 8, 1), v=conv(3, 6, 1), o=conv(6, 2, 1),
     half="q 4, k 4, v 3",
 )
 def unfold_attention(m, x):
@@ -436,11 +437,7 @@ def unfold_attention(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    r=conv(8, 6, 1),
-    s=conv(6, 2 * 9, 1),
-    o=conv(8, 2, 1),
+    image(), a=conv(3, 8), r=conv(8, 6, 1), s=conv(6, 2 * 9, 1), o=conv(8, 2, 1),
     half="a 4, r 3, s 9",
 )
 def involution(m, x):
@@ -452,12 +449,8 @@ def involution(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    w=nn.Parameter(torch.randn(4, 6, 8, 3, 3)),
-    g=nn.Linear(8, 4),
-    o=conv(6, 2, 1),
-    half="a 4",
+    image(), a=conv(3, 8), w=nn.Parameter(torch.randn(4, 6, 8, 3, 3)), g=nn.Linear(8, 4),
+    o=conv(6, 2, 1), half="a 4",
 )
 def dynamic_conv(m, x):
     x = m.a(x)
@@ -469,12 +462,7 @@ def dynamic_conv(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    b=conv(3, 8, 5),
-    f=nn.Linear(8, 6),
-    g=nn.Linear(6, 16),
-    o=conv(8, 2),
+    image(), a=conv(3, 8), b=conv(3, 8, 5), f=nn.Linear(8, 6), g=nn.Linear(6, 16), o=conv(8, 2),
     half="a 4, b 4, f 3, g 8",
 )
 def selective_kernel(m, x):
@@ -485,11 +473,7 @@ def selective_kernel(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 16, groups=1),
-    b=conv(8, 6, 1),
-    c=conv(6, 16, 1),
-    o=conv(8, 2),
+    image(), a=conv(3, 16, groups=1), b=conv(8, 6, 1), c=conv(6, 16, 1), o=conv(8, 2),
     half="a 8, b 3, c 8",
 )
 def split_attention(m, x):
@@ -503,16 +487,8 @@ def split_attention(m, x):
 
 
 @odd(
-    image(),
-    hh=conv(3, 8),
-    hl=conv(3, 4),
-    hh2=conv(8, 6),
-    lh2=conv(4, 6),
-    hl2=conv(8, 4),
-    ll2=conv(4, 4),
-    o=conv(6, 2),
-    p=conv(4, 2),
-    half="hh 4, hl 2, lh2 3, hh2 3, ll2 2, hl2 2",
+    image(), hh=conv(3, 8), hl=conv(3, 4), hh2=conv(8, 6), lh2=conv(4, 6), hl2=conv(8, 4),
+    ll2=conv(4, 4), o=conv(6, 2), p=conv(4, 2), half="hh 4, hl 2, lh2 3, hh2 3, ll2 2, hl2 2",
 )
 def octave(m, x):
     def block(pair):
@@ -563,12 +539,8 @@ def carafe(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    m_=nn.ModuleList(nn.MaxPool2d(k, 1, k // 2) for k in (3, 5)),
-    o=conv(24, 6, 1),
-    p=conv(6, 2),
-    half="a 4, o 3",
+    image(), a=conv(3, 8), m_=nn.ModuleList(nn.MaxPool2d(k, 1, k // 2) for k in (3, 5)),
+    o=conv(24, 6, 1), p=conv(6, 2), half="a 4, o 3",
 )
 def pyramid_pool(m, x):
     x = m.a(x)
@@ -576,11 +548,7 @@ def pyramid_pool(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    b=conv(8, 4),
-    c=nn.Linear(4 * 21, 6),
-    d=nn.Linear(6, 2),
+    image(), a=conv(3, 8), b=conv(8, 4), c=nn.Linear(4 * 21, 6), d=nn.Linear(6, 2),
     half="a 4, b 2, c 3",
 )
 def spatial_pyramid_vector(m, x):
@@ -590,12 +558,8 @@ def spatial_pyramid_vector(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    bs=nn.ModuleList([conv(8, 4, 1), conv(8, 4, 3, dilation=2, padding=2)]),
-    g=nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(8, 4, 1)),
-    o=conv(12, 6, 1),
-    p=conv(6, 2),
+    image(), a=conv(3, 8), bs=nn.ModuleList([conv(8, 4, 1), conv(8, 4, 3, dilation=2, padding=2)]),
+    g=nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(8, 4, 1)), o=conv(12, 6, 1), p=conv(6, 2),
     half="a 4, o 3, bs.0 2, bs.1 2, g.1 2",
 )
 def atrous(m, x):
@@ -608,12 +572,8 @@ def atrous(m, x):
 
 
 @odd(
-    image(),
-    bs=nn.ModuleList([conv(3, 4, 3), conv(3, 4, 5)]),
-    f=conv(4, 3, 1),
-    g=conv(3, 4, 1),
-    o=conv(8, 2),
-    half="f 2, g 2, bs.0 2, bs.1 2",
+    image(), bs=nn.ModuleList([conv(3, 4, 3), conv(3, 4, 5)]), f=conv(4, 3, 1), g=conv(3, 4, 1),
+    o=conv(8, 2), half="f 2, g 2, bs.0 2, bs.1 2",
 )
 def pyramid_split(m, x):
     feats = torch.stack([b(x) for b in m.bs], 1)
@@ -625,11 +585,8 @@ def pyramid_split(m, x):
 
 
 @odd(
-    image(3, 16),
-    a=conv(3, 6),
-    up=nn.ModuleList(conv(6, 6) for _ in range(3)),
-    low=nn.ModuleList(conv(6, 6) for _ in range(3)),
-    o=conv(6, 2),
+    image(3, 16), a=conv(3, 6), up=nn.ModuleList(conv(6, 6) for _ in range(3)),
+    low=nn.ModuleList(conv(6, 6) for _ in range(3)), o=conv(6, 2),
     half="a 3, up.2 3, up.1 3, up.0 3, low.0 3, low.1 3, low.2 3",
 )
 def hourglass(m, x):
@@ -643,13 +600,9 @@ def hourglass(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 4),
-    ls=nn.ModuleList(
-        nn.Sequential(nn.BatchNorm2d(4 + 4 * i), nn.ReLU(), conv(4 + 4 * i, 4)) for i in range(3)
-    ),
-    o=conv(16, 2),
-    half="a 2, ls.0.0 2, ls.0.2 2, ls.1.0 4, ls.1.2 2, ls.2.0 6, ls.2.2 2",
+    image(), a=conv(3, 4),
+    ls=nn.ModuleList(nn.Sequential(nn.BatchNorm2d(i), nn.ReLU(), conv(i, 4)) for i in (4, 8, 12)),
+    o=conv(16, 2), half="a 2, ls.0.0 2, ls.0.2 2, ls.1.0 4, ls.1.2 2, ls.2.0 6, ls.2.2 2",
 )
 def dense_list(m, x):
     features = [m.a(x)]
@@ -659,13 +612,8 @@ def dense_list(m, x):
 
 
 @odd(
-    image(),
-    w=nn.Parameter(torch.randn(8, 3, 3, 3)),
-    v=nn.Parameter(torch.randn(6, 8, 3, 3)),
-    gain=par(6, 1, 1, 1),
-    o=conv(6, 2),
-    mixing="all",
-    half="w 4, v 3, gain 3",
+    image(), w=nn.Parameter(torch.randn(8, 3, 3, 3)), v=nn.Parameter(torch.randn(6, 8, 3, 3)),
+    gain=par(6, 1, 1, 1), o=conv(6, 2), mixing="all", half="w 4, v 3, gain 3",
 )
 def weight_standardised(m, x):
     def standard(w):
@@ -688,11 +636,7 @@ def film(m, x, condition):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    p=nn.AdaptiveAvgPool2d(1),
-    l=nn.Linear(8, 6),
-    k=nn.Linear(6, 2),
+    image(), a=conv(3, 8), p=nn.AdaptiveAvgPool2d(1), l=nn.Linear(8, 6), k=nn.Linear(6, 2),
     half="a 4, l 3",
 )
 def squeeze_without_dim(m, x):
@@ -705,7 +649,8 @@ def view_minus_one(m, x):
 
 
 @odd(
-    image(), a=conv(3, 8), b=conv(16, 6), l=nn.Linear(6, 5), k=nn.Linear(5, 2), half="a 4, b 3, l 3"
+    image(), a=conv(3, 8), b=conv(16, 6), l=nn.Linear(6, 5), k=nn.Linear(5, 2),
+    half="a 4, b 3, l 3",
 )
 def negative_dims(m, x):
     x = m.a(x)
@@ -715,12 +660,8 @@ def negative_dims(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    b=conv(12, 6),
-    l=nn.Linear(in_features=6, out_features=5),
-    k=nn.Linear(5, 2),
-    half="a 4, b 3, l 3",
+    image(), a=conv(3, 8), b=conv(12, 6), l=nn.Linear(in_features=6, out_features=5),
+    k=nn.Linear(5, 2), half="a 4, b 3, l 3",
 )
 def keywords_everywhere(m, x):
     x = m.a(input=x)
@@ -747,12 +688,7 @@ def flatten_spatial(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 10),
-    b=conv(4, 3),
-    c=conv(4, 3),
-    d=conv(2, 3),
-    o=conv(3, 2),
+    image(), a=conv(3, 10), b=conv(4, 3), c=conv(4, 3), d=conv(2, 3), o=conv(3, 2),
     half="a 5, b 2, c 2, d 2",
 )
 def split_by_int(m, x):
@@ -761,12 +697,7 @@ def split_by_int(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 10),
-    b=conv(4, 3),
-    c=conv(4, 3),
-    d=conv(2, 3),
-    o=conv(3, 2),
+    image(), a=conv(3, 10), b=conv(4, 3), c=conv(4, 3), d=conv(2, 3), o=conv(3, 2),
     half="a 5, b 2, c 2, d 2",
 )
 def chunk_uneven(m, x):
@@ -775,12 +706,7 @@ def chunk_uneven(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 10),
-    b=conv(4, 3),
-    c=conv(3, 3),
-    d=conv(3, 3),
-    o=conv(3, 2),
+    image(), a=conv(3, 10), b=conv(4, 3), c=conv(3, 3), d=conv(3, 3), o=conv(3, 2),
     half="a 6, b 2, c 2, d 2",
 )
 def tensor_split_three(m, x):
@@ -789,12 +715,7 @@ def tensor_split_three(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 10),
-    b=conv(2, 3),
-    c=conv(5, 3),
-    d=conv(3, 3),
-    o=conv(3, 2),
+    image(), a=conv(3, 10), b=conv(2, 3), c=conv(5, 3), d=conv(3, 3), o=conv(3, 2),
     half="a 6, b 2, c 2, d 2",
 )
 def tensor_split_indices(m, x):
@@ -887,10 +808,8 @@ def sequential_subclass(m, x):
 
 
 @odd(
-    image(),
-    s=nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 4)),
-    o=conv(4, 2),
-    half="s.0 4, s.2 3, s.4 2",
+    image(), s=nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 4)),
+    o=conv(4, 2), half="s.0 4, s.2 3, s.4 2",
 )
 def sequential_slices(m, x):
     x = m.s[:2](x)
@@ -901,9 +820,7 @@ def sequential_slices(m, x):
 
 
 @odd(
-    image(),
-    d=nn.ModuleDict({"first": conv(3, 8), "second": conv(8, 6)}),
-    o=conv(6, 2),
+    image(), d=nn.ModuleDict({"first": conv(3, 8), "second": conv(8, 6)}), o=conv(6, 2),
     half="d.first 4, d.second 3",
 )
 def module_dict(m, x):
@@ -930,22 +847,15 @@ def partials(m, x):
 
 
 @odd(
-    image(),
-    ps=nn.ParameterList([par(8, 1, 1), par(1, 6, 1, 1)]),
-    a=conv(3, 8),
-    b=conv(8, 6),
-    o=conv(6, 2),
-    half="a 4, b 3, ps.0 4",
+    image(), ps=nn.ParameterList([par(8, 1, 1), par(1, 6, 1, 1)]), a=conv(3, 8), b=conv(8, 6),
+    o=conv(6, 2), half="a 4, b 3, ps.0 4",
 )
 def parameter_list(m, x):
     return m.o(m.b(m.a(x) * m.ps[0]) * m.ps[1])
 
 
 @odd(
-    image(),
-    ps=nn.ParameterDict({"s": par(8, 1, 1)}),
-    a=conv(3, 8),
-    o=conv(8, 2),
+    image(), ps=nn.ParameterDict({"s": par(8, 1, 1)}), a=conv(3, 8), o=conv(8, 2),
     half="a 4, ps.s 4",
 )
 def parameter_dict(m, x):
@@ -1003,10 +913,7 @@ def defaults(m, x, scale=2.0, skip=None, *, act=F.relu):
 
 
 @odd(
-    [image(), (image(), {"more": image()})],
-    a=conv(3, 8),
-    b=conv(8, 6),
-    o=conv(6, 2),
+    [image(), (image(), {"more": image()})], a=conv(3, 8), b=conv(8, 6), o=conv(6, 2),
     half="a 4, b 3",
 )
 def nested_inputs(m, xs):
@@ -1015,7 +922,7 @@ def nested_inputs(m, xs):
 
 
 @odd(
-    {"left": image(), "right": image()}, a=conv(3, 8), b=conv(16, 6), o=conv(6, 2), half="a 4, b 3"
+    {"left": image(), "right": image()}, a=conv(3, 8), b=conv(16, 6), o=conv(6, 2), half="a 4, b 3",
 )
 def dict_input(m, batch):
     return m.o(m.b(torch.cat([m.a(batch["left"]), m.a(batch["right"])], 1)))
@@ -1031,11 +938,7 @@ def fourier(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    f=nn.Parameter(torch.randn(8, 8, 5, 2)),
-    b=conv(8, 6),
-    o=conv(6, 2),
+    image(), a=conv(3, 8), f=nn.Parameter(torch.randn(8, 8, 5, 2)), b=conv(8, 6), o=conv(6, 2),
     half="b 3",
 )
 def global_filter(m, x):
@@ -1061,12 +964,7 @@ def casts(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    g=par(1, 8, 1, 1),
-    b=par(1, 8, 1, 1),
-    o=conv(8, 2),
-    mixing="all",
+    image(), a=conv(3, 8), g=par(1, 8, 1, 1), b=par(1, 8, 1, 1), o=conv(8, 2), mixing="all",
     half="a 4",
 )
 def global_response(m, x):
@@ -1100,11 +998,7 @@ def blur_expanded(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    filt=torch.randn(8, 1, 3, 3),
-    b=conv(8, 6),
-    o=conv(6, 2),
+    image(), a=conv(3, 8), filt=torch.randn(8, 1, 3, 3), b=conv(8, 6), o=conv(6, 2),
     half="filt 4, a 4, b 3",
 )
 def blur_buffer(m, x):
@@ -1112,7 +1006,8 @@ def blur_buffer(m, x):
 
 
 @odd(
-    image(), a=conv(3, 8), d=conv(8, 8, groups=8), b=conv(16, 6), o=conv(6, 2), half="a 4, d 4, b 3"
+    image(), a=conv(3, 8), d=conv(8, 8, groups=8), b=conv(16, 6), o=conv(6, 2),
+    half="a 4, d 4, b 3",
 )
 def ghost(m, x):
     x = m.a(x)
@@ -1120,7 +1015,8 @@ def ghost(m, x):
 
 
 @odd(
-    image(), a=conv(3, 8), d=conv(8, 8, groups=8), b=conv(12, 6), o=conv(6, 2), half="a 4, d 4, b 3"
+    image(), a=conv(3, 8), d=conv(8, 8, groups=8), b=conv(12, 6), o=conv(6, 2),
+    half="a 4, d 4, b 3",
 )
 def ghost_cut(m, x):
     x = m.a(x)
@@ -1128,12 +1024,8 @@ def ghost_cut(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 12),
-    cs=nn.ModuleList(conv(3, 3) for _ in range(3)),
-    b=conv(12, 6),
-    o=conv(6, 2),
-    half="a 8, b 3, cs.0 2, cs.1 2, cs.2 2",
+    image(), a=conv(3, 12), cs=nn.ModuleList(conv(3, 3) for _ in range(3)), b=conv(12, 6),
+    o=conv(6, 2), half="a 8, b 3, cs.0 2, cs.1 2, cs.2 2",
 )
 def res2net(m, x):
     parts = torch.split(m.a(x), 3, 1)
@@ -1145,14 +1037,8 @@ def res2net(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    c=conv(8, 6, 1),
-    bn=nn.BatchNorm2d(6),
-    h=conv(6, 8, 1),
-    w=conv(6, 8, 1),
-    o=conv(8, 2),
-    half="a 4, c 3, bn 3, h 4, w 4",
+    image(), a=conv(3, 8), c=conv(8, 6, 1), bn=nn.BatchNorm2d(6), h=conv(6, 8, 1), w=conv(6, 8, 1),
+    o=conv(8, 2), half="a 4, c 3, bn 3, h 4, w 4",
 )
 def coordinate_attention(m, x):
     x = m.a(x)
@@ -1169,13 +1055,8 @@ def effective_se(m, x):
 
 
 @odd(
-    image(),
-    s=conv(3, 6),
-    a=conv(6, 8),
-    e=nn.Conv1d(1, 1, 3, padding=1, bias=False),
-    o=conv(8, 2),
-    frozen="is read by position, as in a window",
-    half="s 3",
+    image(), s=conv(3, 6), a=conv(6, 8), e=nn.Conv1d(1, 1, 3, padding=1, bias=False), o=conv(8, 2),
+    frozen="is read by position, as in a window", half="s 3",
 )
 def eca(m, x):
     x = m.a(m.s(x))
@@ -1184,26 +1065,17 @@ def eca(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    cs=nn.ModuleList([conv(4, 4, 3, groups=4), conv(4, 4, 5, groups=4)]),
-    b=conv(8, 6),
-    o=conv(6, 2),
-    half="a 4, b 3, cs.0 2, cs.1 2",
+    image(), a=conv(3, 8), cs=nn.ModuleList([conv(4, 4, 3, groups=4), conv(4, 4, 5, groups=4)]),
+    b=conv(8, 6), o=conv(6, 2), half="a 4, b 3, cs.0 2, cs.1 2",
 )
 def mixed_depthwise(m, x):
     parts = torch.split(m.a(x), [4, 4], 1)
-    return m.o(m.b(torch.cat([c(p) for c, p in zip(m.cs, parts)], 1)))
+    return m.o(m.b(torch.cat([c(p) for c, p in zip(m.cs, parts, strict=True)], 1)))
 
 
 @odd(
-    image(),
-    s=conv(3, 6),
-    a=conv(6, 8),
-    g=conv(2, 1, 3, bias=False),
-    o=conv(8, 2),
-    frozen="is read by position, as in a window",
-    half="s 3",
+    image(), s=conv(3, 6), a=conv(6, 8), g=conv(2, 1, 3, bias=False), o=conv(8, 2),
+    frozen="is read by position, as in a window", half="s 3",
 )
 def triplet(m, x):
     """one arm of triplet attention: C and H trade places, pooled over H"""
@@ -1225,12 +1097,10 @@ def norm_gate(m, x):
 
 
 @odd(
-    image(),
-    a=nn.ModuleList([nn.Sequential(conv(3, 8, k), nn.BatchNorm2d(8)) for k in (1, 3)]),
+    image(), a=nn.ModuleList([nn.Sequential(conv(3, 8, k), nn.BatchNorm2d(8)) for k in (1, 3)]),
     id=nn.BatchNorm2d(3),
     b=nn.ModuleList([nn.Sequential(conv(8, 8, k), nn.BatchNorm2d(8)) for k in (1, 3)]),
-    bid=nn.BatchNorm2d(8),
-    o=conv(8, 2),
+    bid=nn.BatchNorm2d(8), o=conv(8, 2),
     half="bid 4, a.0.0 4, a.0.1 4, a.1.0 4, a.1.1 4, b.0.0 4, b.0.1 4, b.1.0 4, b.1.1 4",
 )
 def rep_branches(m, x):
@@ -1239,12 +1109,8 @@ def rep_branches(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8, (1, 3), padding=(0, 1)),
-    b=conv(3, 8, (3, 1), padding=(1, 0)),
-    c=conv(3, 8),
-    o=conv(8, 2),
-    half="a 4, b 4, c 4",
+    image(), a=conv(3, 8, (1, 3), padding=(0, 1)), b=conv(3, 8, (3, 1), padding=(1, 0)),
+    c=conv(3, 8), o=conv(8, 2), half="a 4, b 4, c 4",
 )
 def asymmetric(m, x):
     return m.o(m.a(x) + m.b(x) + m.c(x))
@@ -1277,11 +1143,7 @@ def crelu(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    d=conv(8, 8, groups=8),
-    bn=nn.BatchNorm2d(8),
-    o=conv(8, 2),
+    image(), a=conv(3, 8), d=conv(8, 8, groups=8), bn=nn.BatchNorm2d(8), o=conv(8, 2),
     half="a 4, d 4, bn 4",
 )
 def frelu(m, x):
@@ -1290,13 +1152,8 @@ def frelu(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    f=nn.Linear(8, 6),
-    g=nn.Linear(6, 4),
-    lam=torch.tensor([1.0, 1.0, 0.5, 0.5]),
-    base=torch.tensor([1.0, 0.0, 0.0, 0.0]),
-    o=conv(8, 2),
+    image(), a=conv(3, 8), f=nn.Linear(8, 6), g=nn.Linear(6, 4),
+    lam=torch.tensor([1.0, 1.0, 0.5, 0.5]), base=torch.tensor([1.0, 0.0, 0.0, 0.0]), o=conv(8, 2),
     half="a 4, f 3",
 )
 def dynamic_relu(m, x):
@@ -1329,10 +1186,7 @@ def weighted_fusion(m, x):
 
 
 @odd(
-    image(),
-    a=torch.nn.utils.parametrizations.weight_norm(conv(3, 8)),
-    b=conv(8, 6),
-    o=conv(6, 2),
+    image(), a=torch.nn.utils.parametrizations.weight_norm(conv(3, 8)), b=conv(8, 6), o=conv(6, 2),
     half="b 3, a.parametrizations.weight.original1 4, a.parametrizations.weight.original0 4",
 )
 def weight_normed(m, x):
@@ -1340,11 +1194,9 @@ def weight_normed(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    b=torch.nn.utils.parametrizations.spectral_norm(conv(8, 6)),
+    image(), a=conv(3, 8), b=torch.nn.utils.parametrizations.spectral_norm(conv(8, 6)),
     o=conv(6, 2),
-    half="a 4, b.parametrizations.weight.original 3, b.parametrizations.weight.0._u 3, b.parametrizations.weight.0._v 36",
+    half="a 4, b.parametrizations.weight.original 3, b.parametrizations.weight.0._u 3",
 )
 def spectral_normed(m, x):
     return m.o(m.b(m.a(x)))
@@ -1377,15 +1229,8 @@ def layer_norm_whole(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    d=conv(8, 8, 7, groups=8),
-    n=nn.LayerNorm(8),
-    p=nn.Linear(8, 16),
-    q=nn.Linear(16, 8),
-    g=par(8),
-    o=conv(8, 2),
-    half="g 4, a 4, d 4, n 4, p 8, q 4",
+    image(), a=conv(3, 8), d=conv(8, 8, 7, groups=8), n=nn.LayerNorm(8), p=nn.Linear(8, 16),
+    q=nn.Linear(16, 8), g=par(8), o=conv(8, 2), half="g 4, a 4, d 4, n 4, p 8, q 4",
 )
 def convnext(m, x):
     x = m.a(x)
@@ -1395,13 +1240,8 @@ def convnext(m, x):
 
 
 @odd(
-    tensor(2, 5, 6),
-    p=nn.Linear(6, 16),
-    n=nn.LayerNorm(8),
-    s=nn.Linear(5, 5),
-    q=nn.Linear(8, 6),
-    o=nn.Linear(6, 2),
-    half="p 8, n 4",
+    tensor(2, 5, 6), p=nn.Linear(6, 16), n=nn.LayerNorm(8), s=nn.Linear(5, 5), q=nn.Linear(8, 6),
+    o=nn.Linear(6, 2), half="p 8, n 4",
 )
 def gmlp(m, x):
     u, v = F.gelu(m.p(x)).chunk(2, dim=-1)
@@ -1410,14 +1250,8 @@ def gmlp(m, x):
 
 
 @odd(
-    tensor(2, 5, 6),
-    e=nn.Linear(6, 8),
-    t1=nn.Linear(5, 10),
-    t2=nn.Linear(10, 5),
-    c1=nn.Linear(8, 12),
-    c2=nn.Linear(12, 8),
-    n=nn.LayerNorm(8),
-    o=nn.Linear(8, 2),
+    tensor(2, 5, 6), e=nn.Linear(6, 8), t1=nn.Linear(5, 10), t2=nn.Linear(10, 5),
+    c1=nn.Linear(8, 12), c2=nn.Linear(12, 8), n=nn.LayerNorm(8), o=nn.Linear(8, 2),
     half="e 4, n 4, t1 5, c1 6, c2 4",
 )
 def mixer(m, x):
@@ -1428,12 +1262,7 @@ def mixer(m, x):
 
 
 @odd(
-    image(),
-    q=conv(3, 8, 1),
-    k=conv(3, 8, 1),
-    v=conv(3, 6, 1),
-    o=conv(6, 2, 1),
-    mixing="all",
+    image(), q=conv(3, 8, 1), k=conv(3, 8, 1), v=conv(3, 6, 1), o=conv(6, 2, 1), mixing="all",
     half="q 4, k 4, v 3",
 )
 def efficient_attention(m, x):
@@ -1444,7 +1273,8 @@ def efficient_attention(m, x):
 
 
 @odd(
-    tensor(2, 5, 6), qkv=nn.Linear(6, 36), p=nn.Linear(12, 6), o=nn.Linear(6, 2), half="qkv 18, p 3"
+    tensor(2, 5, 6), qkv=nn.Linear(6, 36), p=nn.Linear(12, 6), o=nn.Linear(6, 2),
+    half="qkv 18, p 3",
 )
 def heads(m, x):
     n, l, _ = x.shape
@@ -1454,7 +1284,8 @@ def heads(m, x):
 
 
 @odd(
-    tensor(2, 5, 6), qkv=nn.Linear(6, 36), p=nn.Linear(12, 6), o=nn.Linear(6, 2), half="qkv 18, p 3"
+    tensor(2, 5, 6), qkv=nn.Linear(6, 36), p=nn.Linear(12, 6), o=nn.Linear(6, 2),
+    half="qkv 18, p 3",
 )
 def heads_unbound(m, x):
     n, l, _ = x.shape
@@ -1467,11 +1298,8 @@ def heads_unbound(m, x):
 
 
 @odd(
-    tensor(2, 6),
-    w=nn.Parameter(torch.randn(8, 6)),
-    v=nn.Parameter(torch.randn(8, 5)),
-    o=nn.Linear(5, 2),
-    half="w 4, v 4",
+    tensor(2, 6), w=nn.Parameter(torch.randn(8, 6)), v=nn.Parameter(torch.randn(8, 5)),
+    o=nn.Linear(5, 2), half="w 4, v 4",
 )
 def transposed_weights(m, x):
     return m.o(F.linear(x, m.w).relu() @ m.v)
@@ -1496,11 +1324,7 @@ def conv_as_matmul(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    b=nn.BatchNorm2d(8),
-    c=nn.BatchNorm2d(8),
-    o=conv(8, 2),
+    image(), a=conv(3, 8), b=nn.BatchNorm2d(8), c=nn.BatchNorm2d(8), o=conv(8, 2),
     half="a 4, b 4, c 4",
 )
 def shared_conv_own_norms(m, x):
@@ -1508,13 +1332,7 @@ def shared_conv_own_norms(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    w=par(8),
-    b=par(8),
-    mean=torch.zeros(8),
-    var=torch.ones(8),
-    o=conv(8, 2),
+    image(), a=conv(3, 8), w=par(8), b=par(8), mean=torch.zeros(8), var=torch.ones(8), o=conv(8, 2),
     half="w 4, b 4, var 4, mean 4, a 4",
 )
 def functional_batch_norm(m, x):
@@ -1522,13 +1340,7 @@ def functional_batch_norm(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    w=par(8),
-    b=par(8),
-    mean=torch.zeros(8),
-    var=torch.rand(8),
-    o=conv(8, 2),
+    image(), a=conv(3, 8), w=par(8), b=par(8), mean=torch.zeros(8), var=torch.rand(8), o=conv(8, 2),
     half="w 4, b 4, var 4, mean 4, a 4",
 )
 def frozen_batch_norm(m, x):
@@ -1538,11 +1350,7 @@ def frozen_batch_norm(m, x):
 
 
 @odd(
-    image(),
-    mean=torch.rand(1, 3, 1, 1),
-    std=torch.rand(3, 1, 1),
-    a=conv(3, 8),
-    o=conv(8, 2),
+    image(), mean=torch.rand(1, 3, 1, 1), std=torch.rand(3, 1, 1), a=conv(3, 8), o=conv(8, 2),
     half="a 4",
 )
 def normalised_input(m, x):
@@ -1576,11 +1384,7 @@ def hard_swish_by_hand(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    g=par(8, 1, 1),
-    b=conv(8, 6, padding=1),
-    o=conv(6, 2),
+    image(), a=conv(3, 8), g=par(8, 1, 1), b=conv(8, 6, padding=1), o=conv(6, 2),
     half="g 4, a 4, b 3",
 )
 def bias_after(m, x):
@@ -1600,11 +1404,8 @@ def functional_norms(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8, padding_mode="circular"),
-    b=conv(8, 6, padding_mode="reflect"),
-    o=conv(6, 2),
-    half="a 4, b 3",
+    image(), a=conv(3, 8, padding_mode="circular"), b=conv(8, 6, padding_mode="reflect"),
+    o=conv(6, 2), half="a 4, b 3",
 )
 def padding_modes(m, x):
     return m.o(m.b(m.a(x)))
@@ -1622,25 +1423,16 @@ class Plain(nn.Conv2d):
 
 
 @odd(
-    image(),
-    a=Scaled(3, 8, 3, padding=1),
-    b=Plain(8, 6, 3),
-    c=Scaled(6, 6, 3, groups=6),
-    o=conv(6, 2),
-    half="b 3, a 4, c 3",
+    image(), a=Scaled(3, 8, 3, padding=1), b=Plain(8, 6, 3), c=Scaled(6, 6, 3, groups=6),
+    o=conv(6, 2), half="b 3, a 4, c 3",
 )
 def conv_subclasses(m, x):
     return m.o(m.c(m.b(m.a(x))))
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    n=nn.BatchNorm2d(8, affine=False),
-    b=conv(8, 6),
-    k=nn.BatchNorm2d(6, track_running_stats=False),
-    o=conv(6, 2),
-    half="a 4, b 3, k 3",
+    image(), a=conv(3, 8), n=nn.BatchNorm2d(8, affine=False), b=conv(8, 6),
+    k=nn.BatchNorm2d(6, track_running_stats=False), o=conv(6, 2), half="a 4, b 3, k 3",
 )
 def bare_norms(m, x):
     return m.o(m.k(m.b(m.n(m.a(x)))))
@@ -1709,13 +1501,8 @@ def gathered_position(m, x):
 
 
 @odd(
-    tensor(2, 5, 6),
-    e=nn.Linear(6, 8),
-    cls=nn.Parameter(torch.randn(1, 1, 8)),
-    pos=nn.Parameter(torch.randn(1, 6, 8)),
-    p=nn.Linear(8, 8),
-    o=nn.Linear(8, 2),
-    half="e 4, p 4",
+    tensor(2, 5, 6), e=nn.Linear(6, 8), cls=nn.Parameter(torch.randn(1, 1, 8)),
+    pos=nn.Parameter(torch.randn(1, 6, 8)), p=nn.Linear(8, 8), o=nn.Linear(8, 2), half="e 4, p 4",
 )
 def class_token(m, x):
     x = m.e(x)
@@ -1740,11 +1527,7 @@ def repeats(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    idx=torch.tensor([7, 1, 3, 0, 2]),
-    b=conv(5, 6),
-    o=conv(6, 2),
+    image(), a=conv(3, 8), idx=torch.tensor([7, 1, 3, 0, 2]), b=conv(5, 6), o=conv(6, 2),
     half="a 5, b 3",
 )
 def index_buffer(m, x):
@@ -1777,13 +1560,8 @@ def folded(m, x):
 
 
 @odd(
-    tensor(2, 4, 5),
-    tensor(2, 8),
-    e=nn.Linear(5, 6),
-    gates=nn.Linear(14, 32),
-    o=nn.Linear(8, 2),
-    frozen="meets a constant or an input",
-    half="e 3",
+    tensor(2, 4, 5), tensor(2, 8), e=nn.Linear(5, 6), gates=nn.Linear(14, 32), o=nn.Linear(8, 2),
+    frozen="meets a constant or an input", half="e 3",
 )
 def lstm_cell_by_hand(m, xs, h):
     """the hidden state is an input of the network: its width stays"""
@@ -1874,12 +1652,8 @@ def transpose_with_size(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    p=nn.MaxPool2d(2, return_indices=True),
-    u=nn.MaxUnpool2d(2),
-    o=conv(8, 2),
-    half="a 4",
+    image(), a=conv(3, 8), p=nn.MaxPool2d(2, return_indices=True), u=nn.MaxUnpool2d(2),
+    o=conv(8, 2), half="a 4",
 )
 def unpooled(m, x):
     y, where = m.p(m.a(x))
@@ -1887,11 +1661,8 @@ def unpooled(m, x):
 
 
 @odd(
-    tensor(2, 3, 4, 8, 8),
-    a=nn.Conv3d(3, 8, 3, padding=1),
-    b=nn.Conv2d(8, 6, 3),
-    o=nn.Conv2d(6, 2, 1),
-    half="a 4, b 3",
+    tensor(2, 3, 4, 8, 8), a=nn.Conv3d(3, 8, 3, padding=1), b=nn.Conv2d(8, 6, 3),
+    o=nn.Conv2d(6, 2, 1), half="a 4, b 3",
 )
 def frames(m, x):
     x = m.a(x)
@@ -1901,12 +1672,8 @@ def frames(m, x):
 
 
 @odd(
-    tensor(2, 3, 32),
-    a=nn.Conv1d(3, 8, 3),
-    b=nn.Conv1d(8, 6, 3, dilation=2),
-    l=nn.GRU(6, 5, batch_first=True),
-    o=nn.Linear(5, 2),
-    half="a 4, b 3",
+    tensor(2, 3, 32), a=nn.Conv1d(3, 8, 3), b=nn.Conv1d(8, 6, 3, dilation=2),
+    l=nn.GRU(6, 5, batch_first=True), o=nn.Linear(5, 2), half="a 4, b 3",
 )
 def sound(m, x):
     y, _ = m.l(m.b(F.relu(m.a(x))).transpose(1, 2))
@@ -1914,10 +1681,7 @@ def sound(m, x):
 
 
 @odd(
-    tensor(2, 3, 32),
-    a=nn.Conv1d(3, 16, 3),
-    b=nn.Conv1d(8, 6, 1),
-    o=nn.Conv1d(6, 2, 1),
+    tensor(2, 3, 32), a=nn.Conv1d(3, 16, 3), b=nn.Conv1d(8, 6, 1), o=nn.Conv1d(6, 2, 1),
     half="a 8, b 3",
 )
 def gated_wavenet(m, x):
@@ -1927,11 +1691,8 @@ def gated_wavenet(m, x):
 
 
 @odd(
-    torch.tensor([[1, 2, 3], [4, 5, 6]]),
-    e=nn.Embedding(10, 8),
-    c=nn.Conv1d(8, 6, 2),
-    o=nn.Linear(6, 2),
-    half="c 3",
+    torch.tensor([[1, 2, 3], [4, 5, 6]]), e=nn.Embedding(10, 8), c=nn.Conv1d(8, 6, 2),
+    o=nn.Linear(6, 2), half="c 3",
 )
 def words(m, ids):
     return m.o(m.c(m.e(ids).transpose(1, 2)).max(dim=2).values)
@@ -1969,13 +1730,8 @@ def matrix_transposes(m, x):
 
 
 @odd(
-    tensor(2, 5),
-    tensor(2, 4),
-    a=nn.Linear(5, 8),
-    c=nn.Linear(4, 6),
-    b=nn.Bilinear(8, 6, 10),
-    o=nn.Linear(10, 2),
-    half="a 4, c 3, b 5",
+    tensor(2, 5), tensor(2, 4), a=nn.Linear(5, 8), c=nn.Linear(4, 6), b=nn.Bilinear(8, 6, 10),
+    o=nn.Linear(10, 2), half="a 4, c 3, b 5",
 )
 def bilinear_layer(m, x, y):
     return m.o(m.b(m.a(x), m.c(y)))
@@ -1994,14 +1750,8 @@ def einsum_implicit(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    s=nn.Softmax2d(),
-    o=conv(8, 2),
-    frozen="mixes channels",
-    e=conv(8, 6),
-    p=conv(6, 2),
-    half="e 3",
+    image(), a=conv(3, 8), s=nn.Softmax2d(), o=conv(8, 2), frozen="mixes channels", e=conv(8, 6),
+    p=conv(6, 2), half="e 3",
 )
 def softmax_2d(m, x):
     x = m.a(x)
@@ -2009,14 +1759,8 @@ def softmax_2d(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    z=nn.ZeroPad2d(1),
-    k=nn.ConstantPad2d((1, 0, 1, 0), 0.5),
-    u=nn.Upsample(scale_factor=2),
-    r=nn.ReflectionPad2d(1),
-    o=conv(8, 2),
-    half="a 4",
+    image(), a=conv(3, 8), z=nn.ZeroPad2d(1), k=nn.ConstantPad2d((1, 0, 1, 0), 0.5),
+    u=nn.Upsample(scale_factor=2), r=nn.ReflectionPad2d(1), o=conv(8, 2), half="a 4",
 )
 def pad_modules(m, x):
     return m.o(m.r(m.u(m.k(m.z(m.a(x))))))
@@ -2031,9 +1775,7 @@ def out_argument(m, x):
 
 
 @odd(
-    tensor(2, 5, 8),
-    t=nn.TransformerEncoderLayer(8, 2, 12, batch_first=True),
-    o=nn.Linear(8, 2),
+    tensor(2, 5, 8), t=nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), o=nn.Linear(8, 2),
     half="t.linear1 6",
 )
 def encoder_layer(m, x):
@@ -2048,10 +1790,7 @@ def autocast_context(m, x):
 
 
 @odd(
-    tensor(2, 5, 6),
-    w12=nn.Linear(6, 32),
-    w3=nn.Linear(16, 6),
-    o=nn.Linear(6, 2),
+    tensor(2, 5, 6), w12=nn.Linear(6, 32), w3=nn.Linear(16, 6), o=nn.Linear(6, 2),
     half="w12 16, w3 3",
 )
 def swiglu(m, x):
@@ -2060,14 +1799,8 @@ def swiglu(m, x):
 
 
 @odd(
-    tensor(2, 6, 6),
-    q=nn.Linear(6, 8),
-    k=nn.Linear(6, 8),
-    v=nn.Linear(6, 10),
-    o=nn.Linear(10, 2),
-    cos=torch.rand(6, 8),
-    sin=torch.rand(6, 8),
-    half="q 4, k 4, v 5",
+    tensor(2, 6, 6), q=nn.Linear(6, 8), k=nn.Linear(6, 8), v=nn.Linear(6, 10), o=nn.Linear(10, 2),
+    cos=torch.rand(6, 8), sin=torch.rand(6, 8), half="q 4, k 4, v 5",
 )
 def rotary(m, x):
     def turn(t):
@@ -2079,13 +1812,8 @@ def rotary(m, x):
 
 
 @odd(
-    image(),
-    qkv=nn.Linear(3, 24),
-    table=nn.Parameter(torch.randn(9, 2)),
-    index=torch.randint(0, 9, (16,)),
-    p=nn.Linear(8, 6),
-    o=nn.Linear(6, 2),
-    half="p 3",
+    image(), qkv=nn.Linear(3, 24), table=nn.Parameter(torch.randn(9, 2)),
+    index=torch.randint(0, 9, (16,)), p=nn.Linear(8, 6), o=nn.Linear(6, 2), half="p 3",
 )
 def windows(m, x):
     """shifted windows of 2 x 2 with a table of relative positions"""
@@ -2109,11 +1837,8 @@ def split_by_computed_sizes(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    s=nn.Sequential(conv(8, 6), nn.Sequential(nn.ReLU(), conv(6, 4))),
-    o=conv(4, 2),
-    half="a 4, s.0 3, s.1.1 2",
+    image(), a=conv(3, 8), s=nn.Sequential(conv(8, 6), nn.Sequential(nn.ReLU(), conv(6, 4))),
+    o=conv(4, 2), half="a 4, s.0 3, s.1.1 2",
 )
 def called_in_odd_ways(m, x):
     x = m.a.forward(x)
@@ -2136,37 +1861,24 @@ def hyper_network(m, x, z):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    w=nn.Parameter(torch.randn(6, 8, 3, 3)),
-    mask=torch.ones(6, 8, 3, 3).triu(),
-    o=conv(6, 2),
-    half="w 3, mask 3, a 4",
+    image(), a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 3, 3)),
+    mask=torch.ones(6, 8, 3, 3).triu(), o=conv(6, 2), half="w 3, mask 3, a 4",
 )
 def masked_conv(m, x):
     return m.o(F.conv2d(m.a(x), m.w * m.mask, padding=1))
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    p=nn.Parameter(torch.randn(6, 4)),
-    q=nn.Parameter(torch.randn(4, 8)),
-    o=conv(6, 2),
-    half="p 3, a 4",
+    image(), a=conv(3, 8), p=nn.Parameter(torch.randn(6, 4)), q=nn.Parameter(torch.randn(4, 8)),
+    o=conv(6, 2), half="p 3, a 4",
 )
 def low_rank(m, x):
     return m.o(F.conv2d(m.a(x), (m.p @ m.q)[:, :, None, None]))
 
 
 @odd(
-    tensor(2, 5, 6),
-    a=nn.Linear(6, 8),
-    base=nn.Linear(8, 10),
-    down=nn.Parameter(torch.randn(8, 4)),
-    up=nn.Parameter(torch.randn(4, 10)),
-    o=nn.Linear(10, 2),
-    half="down 4, up 2, a 4, base 5",
+    tensor(2, 5, 6), a=nn.Linear(6, 8), base=nn.Linear(8, 10), down=nn.Parameter(torch.randn(8, 4)),
+    up=nn.Parameter(torch.randn(4, 10)), o=nn.Linear(10, 2), half="down 4, up 2, a 4, base 5",
 )
 def low_rank_adapter(m, x):
     x = m.a(x)
@@ -2190,13 +1902,8 @@ def partial_residual(m, x):
 
 
 @odd(
-    image(),
-    s=conv(3, 6),
-    a=conv(6, 8),
-    b=conv(8, 12),
-    o=conv(12, 2),
-    frozen="is assigned to in part",
-    half="s 3",
+    image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 12), o=conv(12, 2),
+    frozen="is assigned to in part", half="s 3",
 )
 def partial_residual_in_place(m, x):
     x = m.a(m.s(x))
@@ -2262,14 +1969,8 @@ def prototypes(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    proto=nn.Parameter(torch.randn(5, 8)),
-    o=nn.Linear(5, 2),
-    frozen="has no rule",
-    b=conv(3, 6),
-    p=conv(6, 8),
-    half="b 3",
+    image(), a=conv(3, 8), proto=nn.Parameter(torch.randn(5, 8)), o=nn.Linear(5, 2),
+    frozen="has no rule", b=conv(3, 6), p=conv(6, 8), half="b 3",
 )
 def prototypes_by_cdist(m, x):
     f = (m.a(x) + m.p(m.b(x))).mean((2, 3))
@@ -2277,7 +1978,7 @@ def prototypes_by_cdist(m, x):
 
 
 @odd(
-    image(), a=conv(3, 8), d=conv(8, 8, groups=8), b=conv(8, 6), o=conv(6, 2), half="a 4, b 3, d 4"
+    image(), a=conv(3, 8), d=conv(8, 8, groups=8), b=conv(8, 6), o=conv(6, 2), half="a 4, b 3, d 4",
 )
 def depthwise_by_function(m, x):
     x = m.a(x)
@@ -2285,13 +1986,8 @@ def depthwise_by_function(m, x):
 
 
 @odd(
-    image(),
-    s=conv(3, 6),
-    a=conv(6, 8),
-    b=conv(8, 6),
-    o=conv(6, 2),
-    frozen="mean at %mean mixes channels",
-    half="s 3",
+    image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 6), o=conv(6, 2),
+    frozen="mean at %mean mixes channels", half="s 3",
 )
 def mean_of_everything(m, x):
     found = {}
@@ -2303,10 +1999,7 @@ def mean_of_everything(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 8),
-    h=nn.ModuleList([conv(8, 4), conv(8, 4)]),
-    o=conv(8, 2),
+    image(), a=conv(3, 8), h=nn.ModuleList([conv(8, 4), conv(8, 4)]), o=conv(8, 2),
     half="a 4, h.0 2, h.1 2",
 )
 def reduce_with_cat(m, x):
@@ -2362,7 +2055,7 @@ def mean_and_deviation(m, x):
 
 
 @odd(
-    tensor(2, 3, 5, 5), a=conv(3, 8), b=nn.Conv2d(8, 6, (5, 5)), o=nn.Linear(6, 2), half="a 4, b 3"
+    tensor(2, 3, 5, 5), a=conv(3, 8), b=nn.Conv2d(8, 6, (5, 5)), o=nn.Linear(6, 2), half="a 4, b 3",
 )
 def kernel_as_wide_as_the_picture(m, x):
     return m.o(m.b(m.a(x))[:, :, 0, 0])
@@ -2400,10 +2093,7 @@ def four_quarters(m, x):
 
 
 @odd(
-    image(),
-    a=conv(3, 16),
-    bs=nn.ModuleList(conv(4, 4) for _ in range(4)),
-    o=conv(16, 2),
+    image(), a=conv(3, 16), bs=nn.ModuleList(conv(4, 4) for _ in range(4)), o=conv(16, 2),
     half="a 8, bs.0 2, bs.1 2, bs.2 2, bs.3 2",
 )
 def cascaded_groups(m, x):
@@ -2425,3 +2115,318 @@ def resized_position_table(m, x):
 def sliced_position_table(m, x):
     x = m.a(x).flatten(2).permute(0, 2, 1)
     return m.o(x + m.t[: x.shape[1]].unsqueeze(0))
+
+
+# products, windows over channels, weights made of weights, changes through views
+
+
+@odd(
+    image(), a=conv(3, 8), b=conv(3, 6), l=nn.Linear(48, 5), o=nn.Linear(5, 2),
+    half="a 4, b 3, l 3",
+)
+def bilinear_cnn(m, x):
+    p, q = m.a(x).mean((2, 3)), m.b(x).mean((2, 3))
+    return m.o(m.l((p.unsqueeze(2) * q.unsqueeze(1)).flatten(1)))
+
+
+@odd(
+    image(), a=conv(3, 8), b=conv(3, 6), l=nn.Linear(48, 5), o=nn.Linear(5, 2),
+    half="a 4, b 3, l 3",
+)
+def bilinear_einsum(m, x):
+    return m.o(m.l(torch.einsum("bchw,bdhw->bcd", m.a(x), m.b(x)).reshape(x.shape[0], -1)))
+
+
+@odd(
+    image(), a=conv(3, 8), b=conv(3, 6), g=conv(48, 12, groups=2), o=conv(12, 2),
+    half="a 4, b 3, g 6",
+)
+def outer_grouped(m, x):
+    p, q = m.a(x), m.b(x)
+    y = (p.unsqueeze(2) * q.unsqueeze(1)).flatten(1, 2)
+    return m.o(m.g(y))
+
+
+@odd(image(), a=conv(3, 8), l=nn.Linear(8, 6), b=conv(8, 5), o=conv(5, 2), half="a 4, b 3")
+def conv_over_linear_width(m, x):
+    return m.o(m.b(m.l(m.a(x))))
+
+
+@odd(
+    image(), a=conv(3, 8), b=conv(4, 6), c=conv(6, 6), d=conv(2, 6), e=conv(3, 6), o=conv(6, 2),
+    half="a 7, b 3, c 3, d 3, e 3",
+)
+def many_slices(m, x):
+    x = m.a(x)
+    return m.o(
+        m.b(x[:, -4:])
+        + m.c(x[:, :-2])
+        + m.d(x[:, 2:-2:2])
+        + m.e(x[:, 1:7][:, ::2])
+        + m.d(x[:, 5:7])
+    )
+
+
+@odd(image(), a=conv(3, 8), b=conv(4, 6), o=conv(6, 2), half="a 4, b 3")
+def sliding(m, x):
+    x = m.a(x)
+    return m.o(sum(m.b(x[:, i : i + 4]) for i in range(0, 5, 2)))
+
+
+@odd(image(), a=conv(3, 8), b=conv(4, 6), o=conv(6, 2), half="a 4, b 3")
+def bool_channels(m, x):
+    return m.o(m.b(m.a(x)[:, torch.tensor([1, 0, 1, 1, 0, 0, 1, 0], dtype=torch.bool)]))
+
+
+@odd(image(), a=conv(3, 8), b=conv(5, 6), o=conv(6, 2), half="a 5, b 3")
+def dup_index(m, x):
+    return m.o(m.b(m.a(x)[:, [1, 1, 3, 7, 3]]))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2), half="a 4, b 3")
+def none_index(m, x):
+
+    x = m.a(x)
+    return m.o(m.b(x[:, :, None][..., 0, :, :]))
+
+
+@odd(image(), a=conv(3, 1), b=conv(3, 8), c=conv(8, 6), o=conv(6, 2), half="c 3")
+def mono_expand(m, x):
+    return m.o(m.c(m.a(x).expand(-1, 8, -1, -1) * m.b(x)))
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 8), c=conv(16, 6), o=conv(6, 2), half="a 4, b 4, c 3")
+def stack_last(m, x):
+
+    p, q = m.a(x), m.b(x)
+    return m.o(
+        m.c(torch.stack([p, q], -1).permute(0, 4, 1, 2, 3).reshape(x.shape[0], -1, *x.shape[2:]))
+    )
+
+
+@odd(image(), a=conv(3, 24), o=nn.Linear(8, 2), half="a 12")
+def unbind_view(m, x):
+    y = m.a(x)
+    n = y.shape[0]
+    q, k, v = y.view(n, 3, 2, 4, -1).unbind(1)
+    at = (q.transpose(-2, -1) @ k).softmax(-1)
+    return m.o((v @ at).reshape(n, 8, -1).mean(-1))
+
+
+@odd(
+    image(), half="o 2", a=conv(3, 8), g=conv(8, 16, groups=4), bn=nn.BatchNorm2d(16),
+    p=nn.PixelShuffle(2), o=conv(4, 2),
+)
+def grouped_shuffle_up(m, x):
+    return m.o(m.p(m.bn(m.g(m.a(x)))))
+
+
+@odd(
+    image(), a=conv(3, 16), p=nn.PixelShuffle(2), u=nn.PixelUnshuffle(2), o=conv(16, 2), half="a 8",
+)
+def up_down(m, x):
+    return m.o(m.u(m.p(m.a(x))))
+
+
+@odd(image(), a=conv(3, 16), c=conv(4, 4), o=conv(16, 2), u=nn.PixelUnshuffle(2), half="a 8, c 2")
+def up_conv_down(m, x):
+    return m.o(m.u(m.c(F.pixel_shuffle(m.a(x), 2))))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 3, 3)), o=conv(6, 2), half="w 3, a 4")
+def im2col(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    return m.o((m.w.view(6, -1) @ F.unfold(x, 3, padding=1)).view(n, -1, h, w))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 3, 3)), o=conv(6, 2), half="w 3, a 4")
+def im2col_reshape(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    return m.o(
+        (
+            F.unfold(x, 3, padding=1)
+            .transpose(1, 2)
+            .matmul(m.w.view(m.w.size(0), -1).t())
+            .transpose(1, 2)
+        ).view(n, 6, h, w)
+    )
+
+
+@odd(
+    image(), half="a 4, w1 2, w2 1", a=conv(3, 8), w1=nn.Parameter(torch.randn(4, 8, 1, 1)),
+    w2=nn.Parameter(torch.randn(2, 8, 1, 1)), o=conv(6, 2),
+)
+def cat_weights(m, x):
+    return m.o(F.conv2d(m.a(x), torch.cat([m.w1, m.w2], 0)))
+
+
+@odd(
+    image(), half="a 5, w1 3, w2 3", a=conv(3, 8), w1=nn.Parameter(torch.randn(6, 5, 1, 1)),
+    w2=nn.Parameter(torch.randn(6, 3, 1, 1)), o=conv(6, 2),
+)
+def cat_weights_in(m, x):
+    return m.o(F.conv2d(m.a(x), torch.cat([m.w1, m.w2], 1)))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 1, 1)), o=conv(6, 2), half="w 3, a 4")
+def split_weights(m, x):
+    x = m.a(x)
+    return m.o(torch.cat([F.conv2d(x, m.w[:4]), F.conv2d(x, m.w[4:])], 1))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(6, 8, 1, 1)), o=conv(6, 2), half="w 3, a 4")
+def split_weights_in(m, x):
+    x = m.a(x)
+    return m.o(F.conv2d(x[:, :3], m.w[:, :3]) + F.conv2d(x[:, 3:], m.w[:, 3:]))
+
+
+@odd(
+    image(), half="a 4, w1 3, w2 3, b1 3, b2 3", a=conv(3, 8),
+    w1=nn.Parameter(torch.randn(6, 8, 3, 3)), w2=nn.Parameter(torch.randn(6, 8, 1, 1)), b1=par(6),
+    b2=par(6), o=conv(6, 2),
+)
+def rep_weights(m, x):
+    return m.o(F.conv2d(m.a(x), m.w1 + F.pad(m.w2, [1, 1, 1, 1]), m.b1 + m.b2, padding=1))
+
+
+@odd(image(), w=nn.Parameter(torch.randn(8, 3, 3, 3)), o=conv(3, 2), half="w 4")
+def tied_conv_ae(m, x):
+    return m.o(
+        F.conv_transpose2d(
+            F.relu(F.conv2d(x, m.w, stride=2, padding=1)),
+            m.w,
+            stride=2,
+            padding=1,
+            output_padding=1,
+        )
+    )
+
+
+@odd(image(), a=conv(3, 8), l=nn.Linear(8, 8), o=conv(8, 2), half="a 4, l 4")
+def permuted_gate(m, x):
+    x = m.a(x)
+    g = m.l(x.mean((2, 3))).sigmoid()
+    return m.o((x.permute(2, 3, 0, 1) * g).permute(2, 3, 0, 1))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(4, 2, 6)), o=conv(6, 2), half="a 4")
+def block_linear(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    return m.o(torch.einsum("bgchw,gco->bohw", x.view(n, 4, 2, h, w), m.w))
+
+
+@odd(image(), a=conv(3, 8), w=nn.Parameter(torch.randn(4, 2, 3)), o=conv(12, 2), half="a 4")
+def block_linear_out(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    return m.o(torch.einsum("bgchw,gco->bgohw", x.view(n, 4, 2, h, w), m.w).flatten(1, 2))
+
+
+@odd(image(), a=conv(3, 8), k=nn.Parameter(torch.randn(4, 3, 3)), o=conv(8, 2), half="k 2, a 4")
+def shared_group_kernels(m, x):
+    x = m.a(x)
+    return m.o(F.conv2d(x, m.k.repeat_interleave(2, 0).unsqueeze(1), padding=1, groups=8))
+
+
+@odd(image(), a=conv(3, 8), k=nn.Parameter(torch.randn(1, 1, 3, 3)), o=conv(8, 2), half="a 4")
+def fold_batch_kernel(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    return m.o(F.conv2d(x.reshape(n * c, 1, h, w), m.k, padding=1).view(n, c, h, w))
+
+
+@odd(image(), a=conv(3, 8), bn=nn.BatchNorm2d(2), o=conv(8, 2), half="a 4, bn 1")
+def bn_on_split(m, x):
+    x = m.a(x)
+    n, c, h, w = x.shape
+    return m.o(m.bn(x.view(n * 4, c // 4, h, w)).view(n, c, h, w))
+
+
+@odd(image(), a=conv(3, 8), bn=nn.BatchNorm2d(4), o=conv(8, 2), half="a 4, bn 2")
+def split_bn(m, x):
+    return m.o(torch.cat([m.bn(c) for c in m.a(x).chunk(2, 1)], 1))
+
+
+@odd(
+    image(), half="a 4, i 2, bn1 2", a=conv(3, 8), bn1=nn.BatchNorm2d(4),
+    i=nn.InstanceNorm2d(4, affine=True), o=conv(8, 2),
+)
+def ibn(m, x):
+    p, q = torch.split(m.a(x), [4, 4], 1)
+    return m.o(torch.cat([m.i(p.contiguous()), m.bn1(q.contiguous())], 1))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 8), o=conv(8, 2), half="a 4, b 4")
+def inplace_after_use(m, x):
+    x = m.a(x)
+    y = m.b(x)
+    x += y
+    x *= 0.5
+    x = x.relu_()
+    y -= x
+    return m.o(x / (y.abs() + 1))
+
+
+@odd(image(), a=conv(3, 8), b=conv(8, 4), o=conv(8, 2), half="a 4, b 2")
+def inplace_chunk_write(m, x):
+    x = m.a(x)
+    p, q = x.chunk(2, 1)
+    p += m.b(x)
+    q *= p.sigmoid()
+    return m.o(x)
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 4), o=conv(8, 2), half="b 2, a 4")
+def slice_copy(m, x):
+    y = m.b(x)
+    x = m.a(x)
+    x[:, 4:].copy_(y)
+    return m.o(x)
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 4), o=conv(8, 2), half="b 2, a 4")
+def narrow_add(m, x):
+    y = m.b(x)
+    x = m.a(x)
+    x.narrow(1, 2, 4).add_(y)
+    return m.o(x)
+
+
+@odd(image(), s=conv(3, 6), a=conv(6, 8), b=conv(6, 4), o=conv(12, 2), half="s 3")
+def out_cat(m, x):
+    x = m.s(x)
+    y = m.b(x)
+    x = m.a(x)
+    out = torch.empty(2, 12, 8, 8, dtype=x.dtype)
+    torch.cat([x, y], 1, out=out)
+    return m.o(out)
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), half="a 4")
+def reversed_cat(m, x):
+    x = m.a(x)
+    return m.o(torch.cat(x.split(2, 1)[::-1], 1))
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), half="a 4")
+def sorted_slices(m, x):
+    x = m.a(x)
+    return m.o(torch.cat([x[:, 4:], x[:, :4]], 1) + x)
+
+
+@odd(image(), s=conv(3, 6), a=conv(6, 8), o=conv(8, 2), v=conv(6, 8), half="s 3")
+def channel_attention(m, x):
+    x = m.a(m.s(x))
+    n, c, h, w = x.shape
+    q = x.view(n, c, -1)
+    e = q @ q.transpose(1, 2)
+    e = e.max(-1, keepdim=True)[0].expand_as(e) - e
+    return m.o((e.softmax(-1) @ q).view(n, c, h, w) + x)
+
+
+@odd(image(), a=conv(3, 8), b=conv(4, 6), o=conv(6, 2), half="b 3")
+def negative_pad(m, x):
+    return m.o(m.b(F.pad(m.a(x), (0, 0, 0, 0, -2, -2))))

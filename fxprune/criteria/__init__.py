@@ -37,6 +37,10 @@ def find(which: str | Criterion) -> tuple[str, Criterion]:
     """A criterion and its name; `OptionError` with the nearest name for one that is not known."""
     if callable(which):
         return getattr(which, "__name__", "custom"), which
+    if not isinstance(which, str):
+        raise OptionError(
+            f"criterion is a {type(which).__name__}", hint="pass a name, or a function of a group"
+        )
     if which not in names():
         raise OptionError(
             f"no criterion `{which}`",
