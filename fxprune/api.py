@@ -211,7 +211,7 @@ def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis
     check_model(model)
     if not isinstance(plan, Plan):
         raise PlanError(
-            f"a Plan is needed, not a {type(plan).__name__}", hint="Plan.from_json(text)"
+            f"the plan is a {type(plan).__name__}, not a Plan", hint="Plan.from_json(text)"
         )
     plan.check_fits(tensors_of(model))
     if example_inputs is None and plan.inputs is not None:

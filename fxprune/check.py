@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .errors import ModelError, OptionError, nearest
 
@@ -45,6 +46,12 @@ def check_model(model: Any) -> None:
         )
     for name, module in model.named_modules():
         _check_module(name, module)
+    for name, _ in model.named_children():
+        if keyword.iskeyword(name) or (not name.isdigit() and hasattr(fx.GraphModule, name)):
+            raise ModelError(
+                f"child `{name}` has a name that a module written by torch.fx cannot have",
+                hint="rename it; it is a Python keyword or an attribute of fx.GraphModule",
+            )
     devices = {str(t.device): name for name, t in tensors_of(model).items()}
     if len(devices) > 1:
         raise ModelError(

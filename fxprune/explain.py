@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,11 +21,23 @@ if TYPE_CHECKING:
     from .analysis import Analysis
 
 _HOW = {
-    "in": "reads what it makes",
-    "through": "carries what it makes",
-    "scale": "scales what it makes",
-    "out": "makes it",
-    "free": "holds it",
+    "in": "read",
+    "through": "carried on",
+    "scale": "scaled",
+    "out": "made",
+    "free": "held",
+}
+
+
+_SIGNS = {
+    operator.add: "+",
+    operator.sub: "-",
+    operator.mul: "*",
+    operator.truediv: "/",
+    operator.floordiv: "//",
+    operator.mod: "%",
+    operator.pow: "**",
+    operator.matmul: "@",
 }
 
 
@@ -38,9 +52,9 @@ class Step:
     how: str = "meet"
 
     def __str__(self) -> str:
-        at = f"in {self.node}" if self.node else ""
+        at = f" in {self.node}" if self.node else ""
         where = f"   {self.source}" if self.source else ""
-        return f"{self.left} ~ {self.right}\n    {self.how} {at}{where}".rstrip()
+        return f"{self.left} ~ {self.right}\n    {self.how}{at}{where}"
 
 
 @dataclass(frozen=True)
@@ -68,6 +82,8 @@ def explain(analysis: Analysis, a: str, b: str | None = None) -> Explanation:
         return _groups_of(analysis, a, _meant(a, slots))
     _meant(a, slots), _meant(b, slots)
     ties = _Ties(analysis)
+    if _meant(a, slots) == _meant(b, slots):
+        return Explanation(f"{a} and {b} are the same:", lines=(_in_groups(analysis, a, slots),))
     for x, y, read in ((a, b, False), (a, b, True), (b, a, True)):
         steps = ties.chain(_meant(x, slots), _meant(y, slots, read))
         if steps:
@@ -75,8 +91,8 @@ def explain(analysis: Analysis, a: str, b: str | None = None) -> Explanation:
             if read:
                 title = f"{a} and {b} are not coupled, but {y} reads what {x} makes:"
             return Explanation(title, tuple(steps))
-    lines = [f"{name} is in {_named_groups(analysis, _meant(name, slots))}" for name in (a, b)]
-    return Explanation(f"{a} and {b} are not coupled:", lines=tuple(lines))
+    lines = tuple(_in_groups(analysis, name, slots) for name in (a, b))
+    return Explanation(f"{a} and {b} are not coupled:", lines=lines)
 
 
 def _meant(name: str, slots: Sequence[Slot], read: bool = False) -> list[Slot]:
@@ -124,9 +140,9 @@ class _Ties:
         if not start or not end:
             return []
         path = self.path(_ids(start), _ids(end))
-        steps = [self.tied(x, y) for x, y in zip(path, path[1:], strict=False)]
         if not path:
             return []
+        steps = [self.tied(x, y) for x, y in itertools.pairwise(path)]
         first, last = _holding(start, path[0]), _holding(end, path[-1])
         before = self.held(first, path[0], swapped=False)
         after = self.held(last, path[-1], swapped=True)
@@ -190,7 +206,9 @@ def _ids(slots: Iterable[Slot]) -> np.ndarray:
 
 
 def _holding(slots: Iterable[Slot], one: int) -> Slot:
-    return next(slot for slot in slots if bool((slot.ids == one).any()))
+    """The slot that holds an id; a weight rather than a statistic."""
+    holding = [slot for slot in slots if bool((slot.ids == one).any())]
+    return min(holding, key=lambda slot: slot.role == "through")
 
 
 # -- groups ----------------------------------------------------------------------------------------
@@ -206,10 +224,10 @@ def _of_slots(analysis: Analysis, slots: Sequence[Slot]) -> list[Group]:
     ]
 
 
-def _named_groups(analysis: Analysis, slots: Sequence[Slot]) -> str:
-    found = _of_slots(analysis, slots)
-    shown = ", ".join(f"group {g.name} ({len(g)} channels)" for g in found[:4])
-    return shown + (f" and {len(found) - 4} more" if len(found) > 4 else "") or "no group"
+def _in_groups(analysis: Analysis, name: str, slots: Sequence[Slot]) -> str:
+    found = _of_slots(analysis, _meant(name, slots))
+    shown = ", ".join(f"group {g.name} ({len(g)} channels)" for g in found[:4]) or "no group"
+    return f"{name} is in {shown}" + (f" and {len(found) - 4} more" if len(found) > 4 else "")
 
 
 def _groups_of(analysis: Analysis, name: str, slots: Sequence[Slot]) -> Explanation:
@@ -300,17 +318,24 @@ def call_text(node: fx.Node, graph: fx.GraphModule | None = None) -> str:
         return f"{args[0]}.{node.target}({', '.join(args[1:])})"
     if node.target is getattr:
         return f"{args[0]}.{node.args[1]}"
+    if node.target is operator.getitem:
+        return f"{args[0]}[{args[1].removeprefix('(').removesuffix(')')}]"
+    if node.target is operator.setitem:
+        return f"{args[0]}[{args[1].removeprefix('(').removesuffix(')')}] = {args[2]}"
+    if node.target in _SIGNS and len(args) == 2:
+        return f"{args[0]} {_SIGNS[node.target]} {args[1]}"
     return f"{target_text(node.target)}({', '.join(args)})"
 
 
 def target_text(target: object) -> str:
-    """``torch.cat``, ``operator.add``, ``aten.relu.default``: what a node calls."""
+    """``torch.cat``, ``F.gelu``, ``aten.relu.default``: what a node calls."""
     if isinstance(target, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         return str(target)
-    name = torch.typename(target)
-    for prefix in ("torch._C._nn.", "torch.nn.functional."):
-        name = name.replace(prefix, "F.")
-    return name.replace("_operator.", "operator.")
+    name = getattr(target, "__name__", "")
+    for space, module in (("torch", torch), ("F", torch.nn.functional), ("operator", operator)):
+        if getattr(module, name, None) is target:
+            return f"{space}.{name}"
+    return torch.typename(target).replace("torch._C._nn.", "F.")
 
 
 def _argument(arg: object) -> str:
@@ -329,29 +354,44 @@ def _argument(arg: object) -> str:
 
 
 def ranges(numbers: Sequence[int], *, limit: int = 8) -> str:
-    """Numbers in readable runs: ``0..3 7 9..12``; ``5 x16`` is repeated; long lists are cut."""
-    runs: list[list[int]] = []  # first, last, count
-    for n in numbers:
-        if runs and runs[-1][1] == n and runs[-1][0] in (n, runs[-1][1]) and _flat(runs[-1]):
-            runs[-1][2] += 1
-        elif runs and n == runs[-1][1] + 1 and not _repeats(runs[-1]):
-            runs[-1][1:] = [n, runs[-1][2] + 1]
-        else:
-            runs.append([n, n, 1])
-    shown = [_run(*run) for run in runs[:limit]]
-    rest = sum(run[2] for run in runs[limit:])
-    return " ".join(shown) + (f" and {rest} more" if rest else "")
+    """Numbers in readable runs; long lists are cut.
+
+    ``0..3 7 9..12``, ``0..56 step 4``, ``5 x16`` (the same again), ``1..8 each x4`` (1 1 1 1 2 ...).
+    """
+    each = _each(numbers)
+    if each > 1 and len(numbers) > each:
+        return f"{ranges(numbers[::each], limit=limit)} each x{each}"
+    runs = list(_runs(numbers))
+    rest = sum(len(run) for run in runs[limit:])
+    return " ".join(map(_run, runs[:limit])) + (f" and {rest} more" if rest else "")
 
 
-def _flat(run: list[int]) -> bool:
-    return run[0] == run[1]
+def _each(numbers: Sequence[int]) -> int:
+    """How often each number stands in a row, if all do so equally often."""
+    counts = [len(list(same)) for _, same in itertools.groupby(numbers)]
+    return counts[0] if counts and len(set(counts)) == 1 else 0
 
 
-def _repeats(run: list[int]) -> bool:
-    return run[0] == run[1] and run[2] > 1
+def _runs(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    """The numbers cut where their step changes; other steps than 1 and 0 need four numbers."""
+    at = 0
+    while at < len(numbers):
+        end = at + 1
+        step = numbers[end] - numbers[at] if end < len(numbers) else 0
+        while end < len(numbers) and numbers[end] - numbers[end - 1] == step:
+            end += 1
+        if step not in (0, 1) and end - at < 4:
+            end = at + 1
+        yield numbers[at:end]
+        at = end
 
 
-def _run(first: int, last: int, count: int) -> str:
+def _run(run: Sequence[int]) -> str:
+    first, last = run[0], run[-1]
+    if len(run) == 1:
+        return str(first)
     if first == last:
-        return f"{first} x{count}" if count > 1 else str(first)
-    return f"{first}..{last}" if last > first + 1 else f"{first} {last}"
+        return f"{first} x{len(run)}"
+    if run[1] - first == 1:
+        return f"{first}..{last}" if len(run) > 2 else f"{first} {last}"
+    return f"{first}..{last} step {run[1] - first}"

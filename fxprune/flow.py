@@ -86,6 +86,8 @@ class _Run:
 
     def call(self, node: fx.Node) -> Any:
         use = self.use(node)
+        if isinstance(node.kwargs.get("out"), fx.Node):
+            return self.freeze_all(node, "writes to another tensor")
         if use is not None:
             handler: Callable = getattr(self, f"do_{use.rule.kind}")
             try:
@@ -492,6 +494,12 @@ class _Run:
         layers = [self._reshaped(node, layer, value.shape, shape) for layer in value.layers]
         others = self.tensors(node)[1:]
         if others:  # the result takes another tensor's shape, so its channels are that one's
+            for layer in layers:
+                if len(layer.varying) > 1:
+                    self.ids.freeze(
+                        node, layer.ids, f"is laid out as another tensor at %{node.name}"
+                    )
+            layers = [layer for layer in layers if len(layer.varying) == 1]
             first = Value(shape, tuple(layers), weight=value.weight)
             layers, _ = self.meet(node, [first, *others], shape, use)
         return self.made(shape, layers, value.weight)

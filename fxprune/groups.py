@@ -100,7 +100,7 @@ def _settled(flow: Flow) -> tuple[np.ndarray, list[Freeze]]:
         open_rows = [row for row in open_rows if row not in whole]
         for row in whole:
             if row.other is None:
-                frozen.append(Freeze(row.node, row.ids, "meets a constant or an input"))
+                frozen.append(Freeze(row.node, row.ids, "would lose whole blocks on one side"))
             else:
                 ties.append(Tie(row.node, row.ids[:, 0], row.other))
     stay = [row for row in open_rows if row.other is not None]

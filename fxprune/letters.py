@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from .ids import Ids, Layer, Value
+from .ids import Ids, Layer, RowTie, Value
 from .pattern import Binding
 from .rules import Rule
 
@@ -97,7 +97,7 @@ def flow(
     layers = _blocks_as_wholes(call, layers)
     merged = _tied(call, layers)
     merged = _bind_params(call, merged)
-    made = _make_channels(call)
+    made = _make_channels(call, merged)
     mixed: list[Named] = []
     found = (_passed(call, layers, named, mixed) for named in [*merged, *made])
     out = [layer for layer in found if layer]
@@ -289,7 +289,7 @@ def _bind(call: _Call, i: int, named: Named, role) -> None:
     call.ids.slot(value.param, dim, ids, role, call.node)
 
 
-def _make_channels(call: _Call) -> list[Named]:
+def _make_channels(call: _Call, merged: list[Named]) -> list[Named]:
     made_layers = []
     for passed, made in _made_letters(call):
         inner = {
@@ -305,6 +305,9 @@ def _make_channels(call: _Call) -> list[Named]:
         named = Named(letters, call.ids.fresh(*(call.sizes[n] for n in letters)))
         if len(letters) > 1:
             call.ids.split(call.node, named.ids)
+        if passed:  # no block may go on one side alone
+            for each in (named, *(la for la in merged if set(passed) < set(la.letters))):
+                _rows_stay(call, each, passed)
         for i in range(len(call.values)):
             if call.is_raw(i) and set(made) <= call.real(i):
                 _bind(call, i, named, "out")
@@ -333,6 +336,13 @@ def _passed(
         return None
     zero = _stays_zero(call, layers, letters)
     return Layer(_on_output(call, named), zero, named.origin if len(letters) > 1 else None)
+
+
+def _rows_stay(call: _Call, named: Named, rows: list[str]) -> None:
+    rest = [letter for letter in named.letters if letter not in rows]
+    count = math.prod(call.sizes[letter] for letter in rows)
+    ids = named.over([*rows, *rest]).reshape(count, -1)
+    call.ids.rows.append(RowTie(call.node, ids, None))
 
 
 def _stays_zero(call: _Call, layers: dict[int, list[Named]], letters: set[str]) -> bool:

@@ -571,7 +571,7 @@ class _Prober:
         if len(self.findings) == before:
             self.guarded(self.check_letters, call)
 
-    def guarded(self, check: Callable[..., None], *args: Any) -> None:
+    def guarded(self, check: Callable[..., Any], *args: Any) -> None:
         try:
             check(*args)
         except FxpruneError as error:
@@ -998,7 +998,7 @@ def _word_spellings(word: str) -> Iterator[str]:
     if word[0].isupper() and isinstance(getattr(nn, word, None), type):
         yield f"torch.nn.{word}"
         return
-    seen = []
+    seen: list[Any] = []
     for space in _SPACES:
         for spelled in dict.fromkeys((word, f"{word}_")):
             found = resolve(f"{space}.{spelled}")

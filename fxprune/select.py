@@ -184,11 +184,25 @@ def _choose(
         kept[channels[order[:limit]]] = False
         return
     value = np.concatenate([_normal(scores[i]) for i in family.groups])
-    kept[channels] = solve(channels, value, must[channels], family.constraints, limit)
+    kept[channels] = _bound(groups, family, channels, value, must, options, limit)
     for i in family.groups:
         c = family.constraints[0]
         blocks = f"{len(c.rows)} blocks of {c.rows.shape[1]}"
         reasons[i] = f"keeps equal counts in {blocks} (%{c.node.name})"
+
+
+def _bound(
+    groups: Groups, family: _Family, channels, value, must, options: Options, limit: int
+) -> np.ndarray:
+    """What stays of a family; fewer go until every group's width is one that `round_to` allows."""
+    while limit > 0:
+        found = solve(channels, value, must[channels], family.constraints, limit)
+        ends = np.cumsum([len(groups.groups[i]) for i in family.groups])[:-1]
+        widths = [(part.sum(), part.size) for part in np.split(found, ends)]
+        if all(w % options.round_to == 0 or w == size for w, size in widths):
+            return found
+        limit = min(limit - 1, int((~found).sum()) - 1)
+    return np.ones(len(channels), bool)
 
 
 def _allowed(size: int, count: int, options: Options) -> int:

@@ -585,6 +585,51 @@ def _swish(x):
     return x * x.sigmoid()
 
 
+def test_weights_swapped_inside_forward_are_refused_or_right():
+    """A module called with other weights than its own is not that module."""
+
+    class Swapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            twice = {"weight": self.b.weight * 2}
+            return self.o(torch.func.functional_call(self.b, twice, (self.a(x),)))
+
+    model = Swapped().eval()
+    try:
+        pruned = fxprune.prune(model, X, rate=0.0)
+    except FxpruneError as error:
+        assert isinstance(error, (TraceError, VerificationError))
+    else:
+        assert torch.allclose(pruned(X), model(X), atol=1e-5)
+
+
+def test_code_without_a_graph_is_named():
+    def mapped(x):
+        return torch.vmap(lambda one: one * 2)(x)
+
+    error = raised(TraceError, lambda: fxprune.prune(Two(mapped), X))
+    assert error.fault == "a tensor came from code that the tracer cannot see"
+    assert "test_errors.py" in dict(error.details)["at"]
+
+
+@pytest.mark.parametrize("name", ["graph", "code", "meta", "for"])
+def test_a_child_whose_name_a_graph_module_needs(name):
+    """``graph`` and ``code`` are attributes of every result, ``for`` is no name in its code."""
+    model = nn.Sequential()
+    model.add_module(name, nn.Conv2d(3, 8, 1))
+    model.add_module("last", nn.Conv2d(8, 2, 1))
+    try:
+        pruned = fxprune.prune(model, X)
+    except FxpruneError as error:
+        assert isinstance(error, ModelError) and f"`{name}`" in str(error)
+        assert_style(error)
+    else:
+        assert pruned(X).shape == (2, 2, 8, 8)
+
+
 # -- unknown ops -----------------------------------------------------------------------------------
 
 

@@ -1293,6 +1293,19 @@ class Positions(nn.Module):
         return self.o(x + self.pos[: x.shape[1]])
 
 
+def test_a_size_made_a_plain_number_is_told():
+    """``int(x.shape[0])`` cannot be computed again; the report names the line."""
+    model = randomise(nn.Sequential(conv(3, 8), Flattened(), nn.Linear(512, 2)))
+    pruned = assert_exact(model, (image_of(3),))
+    (warning,) = pruned.fxprune.report.warnings
+    assert "plain number" in warning and "test_structures.py" in warning
+
+
+class Flattened(nn.Module):
+    def forward(self, x):
+        return x.view(int(x.size(0)), -1)
+
+
 # -- every choice, not one ------------------------------------------------------------------------
 
 
@@ -1552,6 +1565,31 @@ def test_keyword_only_and_optional_arguments():
     assert widths(pruned)["a"] == 4
     both = {"image": image_of(3), "mask": image_of(1)}
     assert widths(assert_exact(randomise(Keywords()), (), kwargs=both))["a"] == 4
+
+
+def test_an_example_of_a_tensor_subclass():
+    """What a data set hands out; the norm after the convolution is still seen."""
+    example = image_of(3).as_subclass(Picture)
+    pruned = fxprune.prune(randomise(plain_net()), (example,), criterion="l1")
+    assert widths(pruned)["0"] == 4 and widths(pruned)["1"] == 4
+
+
+class Picture(torch.Tensor):
+    pass
+
+
+def test_detached_values():
+    class Detached(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.o = conv(3, 8), conv(8, 6), conv(6, 2)
+
+        def forward(self, x):
+            return self.o(self.b(self.a(x).detach())).detach()
+
+    pruned = assert_exact(randomise(Detached()), (image_of(3),))
+    assert widths(pruned)["a"] == 4 and widths(pruned)["b"] == 3
+    assert not pruned(image_of(3)).requires_grad
 
 
 def test_what_is_no_tensor_comes_back_as_it_was():

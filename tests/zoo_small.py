@@ -931,7 +931,7 @@ def dict_input(m, batch):
 # numbers of another kind
 
 
-@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2), half="b 3")
+@odd(image(), a=conv(3, 8), b=conv(8, 6), o=conv(6, 2), half="a 4, b 3")
 def fourier(m, x):
     x = m.a(x)
     return m.o(m.b(torch.fft.irfft2(torch.fft.rfft2(x) * 0.5, s=x.shape[-2:])))
@@ -1813,7 +1813,7 @@ def rotary(m, x):
 
 @odd(
     image(), qkv=nn.Linear(3, 24), table=nn.Parameter(torch.randn(9, 2)),
-    index=torch.randint(0, 9, (16,)), p=nn.Linear(8, 6), o=nn.Linear(6, 2), half="p 3",
+    index=torch.randint(0, 9, (16,)), p=nn.Linear(8, 6), o=nn.Linear(6, 2), half="qkv 12, p 3",
 )
 def windows(m, x):
     """shifted windows of 2 x 2 with a table of relative positions"""
