@@ -139,10 +139,18 @@ def _check_prunable(analysis: Analysis) -> None:
     raise NothingToPrune(
         f"no channel of {type(analysis.model).__name__} may go",
         details=why,
-        hint="the last layer's outputs always stay; fxprune.analyze(model).frozen lists all reasons"
-        if why
-        else "no layer makes channels that are not the input's or the output's",
+        hint=_why_nothing(analysis),
     )
+
+
+def _why_nothing(analysis: Analysis) -> str:
+    if analysis.frozen:
+        return (
+            "the last layer's outputs always stay; fxprune.analyze(model).frozen lists all reasons"
+        )
+    if analysis.flow.uses:
+        return "every layer carries the channels of the network's input"
+    return "the model has no layer with channels that a rule knows"
 
 
 def _freeze_at(analysis: Analysis, error: RewriteError) -> None:

@@ -31,7 +31,7 @@ from .pruned import PrunedModule
 from .trace import OnMeta, describe
 from .watch import Watch
 
-_WIDTH = 110
+_WIDTH = 120
 _BARS = " ▁▂▃▄▅▆▇█"
 Row = Sequence[str]
 
@@ -152,7 +152,7 @@ def _layer(layer: Layer) -> str:
     shape = [layer.ids.shape[d] for d in varying]
     grid = f"({'x'.join(map(str, shape))}) " if len(shape) > 1 else ""
     kept = "" if layer.zero else "  (not zero where masked)"
-    return f"{dims}: {grid}{ranges(layer.ids.reshape(-1).tolist())}{kept}"
+    return f"{dims}: {grid}{ranges(layer.ids.reshape(-1).tolist(), limit=4)}{kept}"
 
 
 def _slot_rows(flow: Flow) -> Iterator[Row]:
@@ -195,24 +195,29 @@ def _node_name(node: fx.Node | None) -> str:
 
 def groups_text(flow: Flow, groups: Groups) -> str:
     """A table of groups: what makes their channels, what reads them, what binds or freezes them."""
-    lines = [f"{'group':<24} {'size':>5}  makes | reads"]
+    width = min(max([len(g.name) for g in groups.groups], default=5), 48)
+    lines = [f"{'group':<{width}} {'size':>5}  makes | reads"]
     for group in groups.groups:
-        lines += _group_lines(group)
+        lines += _group_lines(group, width)
     may, all_ = groups.prunable, groups.groups
     count = f"{sum(map(len, may))} of {sum(map(len, all_))} channels"
     head = f"{len(may)} of {len(all_)} groups may shrink, {count}"
     bound = [_constraint_text(groups, c) for c in groups.constraints]
     pieces = [f"one stays of {_owner(groups, piece)}" for piece in groups.keep_one]
-    note = "left of | what makes or carries the channels, right of it what reads them; x4: 4 places each"
+    notes = [
+        "left of | stands what makes or carries the channels, right of it what reads them",
+        "x4 says that a channel has four places there",
+    ]
     return _page(
-        head, lines, _section("equal counts", bound), _section("never emptied", pieces), [note]
+        head, lines, _section("equal counts", bound), _section("never emptied", pieces), notes
     )
 
 
-def _group_lines(group: Group) -> list[str]:
+def _group_lines(group: Group, width: int) -> list[str]:
     made, read = members_text(group)
     text = " ".join(made) + (" | " + " ".join(read) if read else "")
-    lead = f"{_cut(group.name, 24):<24} {len(group):>5}  "
+    name = group.name if len(group.name) <= width else "..." + group.name[3 - width :]
+    lead = f"{name:<{width}} {len(group):>5}  "
     lines = _wrapped(text, lead)
     if group.frozen is not None:
         source = describe(group.frozen.node.meta.get("source")) if group.frozen.node else ""
@@ -230,9 +235,11 @@ def _constraint_text(groups: Groups, constraint: Constraint) -> str:
 
 def _owner(groups: Groups, channels: np.ndarray) -> str:
     """The groups that channels are of, with how many."""
-    wanted = channels.reshape(-1)
-    counts = [(g.name, int(np.isin(g.channels, wanted).sum())) for g in groups.groups]
-    return ", ".join(f"{count} of {name}" for name, count in counts if count)
+    counts: dict[str, int] = {}
+    for group in groups.groups:
+        found = int(np.isin(group.channels, channels.reshape(-1)).sum())
+        counts[group.name] = counts.get(group.name, 0) + found
+    return _cut(", ".join(f"{count} of {name}" for name, count in counts.items() if count), 160)
 
 
 # -- score and select ------------------------------------------------------------------------------
@@ -388,9 +395,12 @@ def groups_dot(flow: Flow, groups: Groups) -> str:
     ]
     for node in flow.values:
         label = [node.name, _kind(node, flow.graph), _shapes(node.meta.get("val"))]
-        group = _group_of(flow.values[node], groups, number)
-        colour = _colour(group, groups) if group is not None else "white"
-        label += [groups.groups[group].name] if group is not None else []
+        layers = _layers(flow.values[node])
+        group = _group_of(layers, groups, number)
+        colour = "gray85" if layers else "white"  # frozen channels, or none
+        if group is not None:
+            colour = _colour(group)
+            label.append(groups.groups[group].name)
         text = "\\n".join(_escaped(part) for part in label if part)
         lines.append(f'  "{_escaped(node.name)}" [label="{text}", fillcolor="{colour}"];')
     for node in flow.values:
@@ -407,18 +417,21 @@ def _kind(node: fx.Node, graph: fx.GraphModule) -> str:
     return node.target if isinstance(node.target, str) else target_text(node.target)
 
 
-def _group_of(value: Any, groups: Groups, number: dict[int, int]) -> int | None:
-    """The group that most channels of a value are of; frozen ones have none."""
+def _layers(value: Any) -> list[Layer]:
     leaves = pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, Value))
-    layers = [layer for v in leaves if isinstance(v, Value) for layer in v.layers]
+    return [layer for v in leaves if isinstance(v, Value) for layer in v.layers]
+
+
+def _group_of(layers: list[Layer], groups: Groups, number: dict[int, int]) -> int | None:
+    """The group that most channels are of; frozen ones have none."""
     found = [c for layer in layers for c in groups.channel[layer.ids.numpy()].reshape(-1).tolist()]
     owned = [number[c] for c in found if c in number]
     return max(set(owned), key=owned.count) if owned else None
 
 
-def _colour(group: int, groups: Groups) -> str:
+def _colour(group: int) -> str:
     """Hues a golden angle apart, so that neighbours differ."""
-    return f"{group * 0.618034 % 1:.3f} 0.35 1.0" if groups.groups[group].prunable else "gray85"
+    return f"{group * 0.618034 % 1:.3f} 0.35 1.0"
 
 
 def _escaped(text: str) -> str:
@@ -467,7 +480,7 @@ def _log_lines(step: str, before: Any, after: Any, seconds: float) -> Iterator[t
         yield from ((4, line) for line in flow_text(before, after).splitlines()[2:])
     if step == "groups":
         yield 2, groups_text(before, after).splitlines()[0].removeprefix("# ")
-        yield from ((3, line) for group in after.groups for line in _group_lines(group))
+        yield from ((3, line) for group in after.groups for line in _group_lines(group, 32))
     if step == "select":
         yield 2, select_text(before, after).splitlines()[0].removeprefix("# ")
         yield from ((3, f"{g.name}  {g.kept} of {g.size}  {g.reason}") for g in after.groups)
@@ -500,12 +513,14 @@ def _section(title: str, lines: Sequence[str]) -> list[str]:
 
 
 def _table(heads: Row, rows: Iterable[Row]) -> list[str]:
-    """Columns side by side; the last one is as long as it is. Nothing where there are no rows."""
+    """Columns side by side, the last one and a rare long cell as long as they are. Nothing where
+    there are no rows."""
     rows = list(rows)
     if not rows:
         return []
     full = [heads, *rows]
-    widths = [max(len(row[k]) for row in full) for k in range(len(heads) - 1)]
+    lengths = [[len(row[k]) for row in full] for k in range(len(heads) - 1)]
+    widths = [max(n for n in column if n <= 60 or n == min(column)) for column in lengths]
     return [_padded(row, widths) for row in full]
 
 

@@ -53,7 +53,7 @@ class Step:
 
     def __str__(self) -> str:
         at = f" in {self.node}" if self.node else ""
-        where = f"   {self.source}" if self.source else ""
+        where = f"\n    {self.source}" if self.source else ""
         return f"{self.left} ~ {self.right}\n    {self.how}{at}{where}"
 
 
@@ -265,8 +265,8 @@ def _bounds(analysis: Analysis, group: Group) -> list[str]:
 def members_text(group: Group) -> tuple[list[str], list[str]]:
     """What makes or carries a group's channels, and what reads them, as ``conv1.weight[0]``.
 
-    A norm's parameters are one entry, ``bn1.*[0]``; ``[1] 0..7`` are positions where a channel
-    group holds a part of a dim only, ``x16`` says that a channel has so many.
+    A layer's tensors are one entry: ``conv1.{weight,bias}[0]``, ``bn1.*[0]``. Where a group holds
+    only a part of a dim, its positions follow: ``[1] 0..7``; ``x16`` says a channel has so many.
     """
     made: dict[str, list[str]] = {}
     read: list[str] = []
@@ -283,9 +283,8 @@ def members_text(group: Group) -> tuple[list[str], list[str]]:
 def _joined(key: str, leaves: list[str]) -> str:
     module, _, rest = key.partition("\n")
     prefix = f"{module}." if module else ""
-    if len(leaves) > 2:
-        return f"{prefix}*{rest}"
-    return " ".join(f"{prefix}{leaf}{rest}" for leaf in leaves)
+    shown = leaves[0] if len(leaves) == 1 else f"{{{','.join(leaves)}}}"
+    return f"{prefix}{'*' if len(leaves) > 2 else shown}{rest}"
 
 
 def _positions(member: Member) -> str:
@@ -356,7 +355,7 @@ def _argument(arg: object) -> str:
 def ranges(numbers: Sequence[int], *, limit: int = 8) -> str:
     """Numbers in readable runs; long lists are cut.
 
-    ``0..3 7 9..12``, ``0..56 step 4``, ``5 x16`` (the same again), ``1..8 each x4`` (1 1 1 1 2 ...).
+    ``0..3 7 9..12``, ``(0..56 step 4)``, ``5 x16`` (16 times 5), ``1..8 each x4`` (1 1 1 1 2 ...).
     """
     each = _each(numbers)
     if each > 1 and len(numbers) > each:
@@ -394,4 +393,4 @@ def _run(run: Sequence[int]) -> str:
         return f"{first} x{len(run)}"
     if run[1] - first == 1:
         return f"{first}..{last}" if len(run) > 2 else f"{first} {last}"
-    return f"{first}..{last} step {run[1] - first}"
+    return f"({first}..{last} step {run[1] - first})"

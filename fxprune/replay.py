@@ -42,7 +42,7 @@ def _check_unplanned(analysis: Analysis, plan: Plan, kept: np.ndarray) -> None:
             lost = not kept[analysis.all_groups.channel[slot.ids.numpy()]].all()
             if lost and slot.dim not in plan.kept.get(param, {}):
                 raise PlanError(
-                    f"the plan leaves out {param} dim {slot.dim}, which is coupled to what it narrows",
+                    f"the plan leaves out {param} dim {slot.dim}, coupled to what it narrows",
                     hint="coupled slices go together; fxprune.analyze(model).explain lists them",
                 )
 

@@ -397,7 +397,7 @@ def test_only_outputs():
 @pytest.mark.parametrize("model", [nn.Sequential(), nn.ReLU(), nn.AvgPool2d(2)])
 def test_no_layers(model):
     error = raised(NothingToPrune, lambda: fxprune.prune(model, X))
-    assert error.hint == "the model has no layer with channels that a rule knows"
+    assert error.hint == "no layer makes channels that are not the input's or the output's"
 
 
 def test_a_depthwise_layer_on_the_input():
@@ -471,8 +471,13 @@ def test_inputs_of_the_wrong_shape_or_dtype(name):
     """Which layer cannot take them is said by name: a Sequential has no source line of its own."""
     error = raised(InputError, lambda: fxprune.prune(small(), WRONG[name]))
     assert error.fault.startswith("Sequential.forward fails on the example inputs: ")
-    assert "`0` (Conv2d)" in str(error)
+    assert dict(error.details)["in"].startswith("Conv2d `0`")
     assert "example_inputs=" in error.hint
+
+
+def test_the_shape_that_a_layer_cannot_take_is_named():
+    error = raised(InputError, lambda: fxprune.prune(small(), WRONG["channels"]))
+    assert dict(error.details)["in"] == "Conv2d `0` on 2x4x8x8"
 
 
 def test_a_failing_forward_names_its_line():
@@ -576,7 +581,7 @@ def test_a_scripted_function_is_refused_or_right():
     try:
         pruned = fxprune.prune(model, X, rate=0.0)
     except FxpruneError as error:
-        assert isinstance(error, TraceError) and "scripted functions" in str(error)
+        assert isinstance(error, TraceError) and "scripted function" in str(error)
     else:
         assert torch.allclose(pruned(X), model(X), atol=1e-5)
 
@@ -836,8 +841,6 @@ TEXTS = {
     "an index that is half": '{"kept": {"0.weight": {"0": [0.5]}}}',
     "a dim that is no number": '{"kept": {"0.weight": {"x": [0]}}}',
     "a format to come": '{"format": 99}',
-    "inputs that are no shapes": '{"inputs": [["x"]]}',
-    "inputs of no dtype": '{"inputs": [[[2, 3, 8, 8], "floaty"]]}',
 }
 
 
@@ -850,6 +853,12 @@ def test_a_text_that_is_no_plan(name):
 def test_an_unknown_field_of_a_plan_is_named():
     error = raised(PlanError, lambda: fxprune.Plan.from_json(TEXTS["an unknown field"]))
     assert error.fault.startswith("not a plan: colour: ")
+
+
+@pytest.mark.parametrize("inputs", [[["x"]], [[[2, 3, 8, 8], "floaty"]], 3])
+def test_a_plan_whose_inputs_are_no_shapes(made, inputs):
+    error = raised(PlanError, lambda: fxprune.apply(small(), edited(made, inputs=inputs)))
+    assert "inputs" in error.fault
 
 
 @pytest.mark.parametrize("plan", [None, {}, "plan.json"])

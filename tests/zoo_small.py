@@ -1766,7 +1766,7 @@ def pad_modules(m, x):
     return m.o(m.r(m.u(m.k(m.z(m.a(x))))))
 
 
-@odd(image(), s=conv(3, 6), a=conv(6, 8), o=conv(8, 2), half="s 3, a 4")
+@odd(image(), s=conv(3, 6), a=conv(6, 8), o=conv(8, 2), half="s 3")
 def out_argument(m, x):
     x = m.a(m.s(x))
     y = torch.empty_like(x)
