@@ -148,9 +148,7 @@ def _why_nothing(analysis: Analysis) -> str:
         return (
             "the last layer's outputs always stay; fxprune.analyze(model).frozen lists all reasons"
         )
-    if analysis.flow.uses:
-        return "every layer carries the channels of the network's input"
-    return "the model has no layer with channels that a rule knows"
+    return "no layer makes channels that are not the input's or the output's"
 
 
 def _freeze_at(analysis: Analysis, error: RewriteError) -> None:

@@ -47,7 +47,8 @@ def check_model(model: Any) -> None:
     for name, module in model.named_modules():
         _check_module(name, module)
     for name, _ in model.named_children():
-        if keyword.iskeyword(name) or (not name.isdigit() and hasattr(fx.GraphModule, name)):
+        taken = name == "meta" or (not name.isdigit() and hasattr(fx.GraphModule, name))
+        if taken or keyword.iskeyword(name) or name == "fxprune":
             raise ModelError(
                 f"child `{name}` has a name that a module written by torch.fx cannot have",
                 hint="rename it; it is a Python keyword or an attribute of fx.GraphModule",

@@ -30,6 +30,13 @@ _WORD_SPACES = {
 }  # fmt: skip
 
 
+# the functions of `literals.py`, by the name a rule gives them
+_FIXES = (
+    "shape", "sizes", "squeeze", "sections", "chunks", "tensor_split", "narrow", "slice", "select",
+    "index_select", "index", "pad",
+)  # fmt: skip
+
+
 class Sample(BaseModel):
     """A call to probe a rule with: a class is built with ``init``, then called with ``inputs``.
 
@@ -141,10 +148,16 @@ class Rule(BaseModel):
             try:
                 _check_letters(self, self.pattern)
             except RuleError as error:
-                raise ValueError(str(error).replace("\n\nhint:", "; hint:")) from None
+                raise _Fault(error) from None
         for text in (*self.calls, *self.modules):
             if not _SIGNATURE.fullmatch(text):
                 raise ValueError(f"`{text}` is not a call; write `name(argument, argument)`")
+        if self.fix is not None and self.fix not in _FIXES:
+            raise ValueError(f"`{self.fix}` is no fix; known: {', '.join(_FIXES)}")
+        for text in self.calls if self.kind == "dims" else ():
+            missing = [name for name in self.operands[:1] if name not in _names(text)]
+            if missing:
+                raise ValueError(f"`{text}` has no argument `{missing[0]}`, an operand")
         named = {name.lstrip("*") for text in self.calls for name in _names(text)}
         for key in (*self.when, *self.ignores):
             if key not in {*named, *self.operands}:
@@ -157,6 +170,14 @@ class Rule(BaseModel):
     @property
     def pattern(self) -> pattern.Pattern:
         return _parse(self.dims or "")
+
+
+class _Fault(ValueError):
+    """A `RuleError` on its way through pydantic, which keeps `ValueError`s only."""
+
+    def __init__(self, error: RuleError):
+        self.error = error
+        super().__init__(error.fault)
 
 
 @cache
@@ -395,7 +416,13 @@ def _resolve(name: str) -> Any:
 def read(path: Path | str) -> list[Rule]:
     """The rules of one file; `RuleError` names file and line of what is wrong."""
     path = Path(path)
-    return list(_entries(path.read_text(), _shown(path)))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RuleError(f"{path} cannot be read: {error.strerror}", hint="a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise RuleError(f"{path} is not UTF-8 text: {error.reason}") from None
+    return list(_entries(text, _shown(path)))
 
 
 def _shown(path: Path) -> str:
@@ -415,8 +442,14 @@ def _entries(text: str, where: str) -> Iterator[Rule]:
         raise RuleError(
             f"{where}:1 must hold named rules", hint="write `name:` and the rule's fields below it"
         )
+    seen: set[str] = set()
     for key, value in root.value:
         line = key.start_mark.line + 1
+        if key.tag != "tag:yaml.org,2002:str":
+            raise RuleError(f"{where}:{line} a rule's name must be a word, not `{key.value}`")
+        if key.value in seen:
+            raise RuleError(f"{where}:{line} rule `{key.value}` stands twice in this file")
+        seen.add(key.value)
         if not isinstance(data[key.value], dict):
             raise RuleError(f"{where}:{line} rule `{key.value}` must hold fields")
         try:
@@ -444,6 +477,11 @@ def _broken(error: ValidationError, name: str, where: str, line: int, value) -> 
         line = next((k.start_mark.line + 1 for k, _ in value.value if k.value == path[0]), line)
     hint = nearest(path[0], Rule.model_fields) if first["type"] == "extra_forbidden" else ""
     message = first["msg"].removeprefix("Value error, ")
+    fault = first.get("ctx", {}).get("error")
+    if isinstance(fault, _Fault):
+        message, hint = fault.error.fault, fault.error.hint
+    if isinstance(first["input"], bool) and path:
+        hint = 'YAML reads a bare no or yes as false or true: quote it, "no"'
     field_name = f" field `{'.'.join(path)}`:" if path else ""
     return RuleError(f"{where}:{line} rule `{name}`:{field_name} {message}", hint=hint)
 
