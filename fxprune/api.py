@@ -186,8 +186,9 @@ def plan(
 
     ``scores=True`` puts every channel's score into the plan.
     """
-    if not isinstance(analysis, Analysis):
-        kind = type(analysis).__name__
+    given: Any = analysis
+    if not isinstance(given, Analysis):
+        kind = type(given).__name__
         raise OptionError(f"plan takes an Analysis, not a {kind}", hint="fxprune.analyze(model)")
     found = find(criterion)
     options = _options(rate, scope, select_by, rates, min_channels, max_rate, round_to)

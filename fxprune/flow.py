@@ -400,7 +400,7 @@ class _Run:
         return wide if len(wide.varying) > len(narrow.varying) else a
 
     def _passes_plain(self, node: fx.Node, layer: Layer, dims: set[int]) -> bool:
-        """Meet something without channels along `dims`: rows stay, whole layers are frozen there."""
+        """Meet something without channels along `dims`: rows stay, whole layers are frozen."""
         if _by_rows(dims, layer):
             self._row_tie(node, layer, dims, None)
             return True

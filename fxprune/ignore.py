@@ -18,13 +18,12 @@ Ignore = Sequence["str | nn.Module | type"]
 
 def ignored(analysis: Analysis, ignore: Ignore) -> dict[int, str]:
     """Group number -> why it is left alone; `OptionError` for an item that matches nothing."""
-    if isinstance(ignore, (str, nn.Module, type)):
-        ignore = (ignore,)
-    if not isinstance(ignore, Sequence):
-        kind = type(ignore).__name__
+    items: Any = (ignore,) if isinstance(ignore, (str, nn.Module, type)) else ignore
+    if not isinstance(items, Sequence):
+        kind = type(items).__name__
         raise OptionError(f"ignore is a {kind}", hint="a list of name patterns, modules or types")
     found: dict[int, str] = {}
-    for item in ignore:
+    for item in items:
         names, inputs = _names_of(analysis, item)
         shown = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
         for i, group in enumerate(analysis.groups):

@@ -9,7 +9,6 @@ is left of the masked result; what is said to stay zero must be zero. `probe_all
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import math
 import warnings
@@ -32,19 +31,21 @@ from .ids import Layer, Slot, Value
 from .reference import mask
 from .rewrite import rewrite
 from .rules import Rule, Rules, Sample, Use
+from .samples import (
+    Call,
+    is_discrete,
+    is_missing,
+    leaves,
+    made_call,
+    needs_device,
+    resolve,
+    seed,
+    spellings,
+    word_spellings,
+)
 from .select import Options, select
 from .trace import trace
 from .widths import RewriteError, Widths, gather
-
-_SPACES = ("torch", "torch.nn.functional", "Tensor", "aten", "operator", "torch._C._nn")
-_OPTIONAL = ("torchvision", "timm")
-_RANGES = {
-    "positive": (0.5, 1.5),
-    "unit": (-0.9, 0.9),
-    "share": (0.1, 0.9),
-    "above_one": (1.1, 2.0),
-}
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -81,205 +82,10 @@ def probe(rule: Rule, rules: Rules | None = None) -> list[Finding]:
     return list(dict.fromkeys(prober.findings))
 
 
-# -- samples -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Hole:
-    """The place of operand `index` among a call's arguments."""
-
-    index: int
-    spec: Any
-
-
-def _shape(spec: Any) -> Shape | None:
-    """The shape a sample's argument asks a tensor of; None if it asks for something else."""
-    if isinstance(spec, dict):
-        keys = (*_RANGES, "bool", "places", "complex", "shape")
-        spec = next((spec[key] for key in keys if key in spec), None)
-    numbers = isinstance(spec, list) and all(isinstance(n, int) for n in spec)
-    return tuple(spec) if numbers else None
-
-
-def _values(spec: Any, generator: torch.Generator) -> Tensor:
-    """Random values for an operand, as its spec asks."""
-    shape = _shape(spec)
-    assert shape is not None
-    if isinstance(spec, dict):
-        if "index" in spec:
-            return torch.randint(0, spec["index"], shape, generator=generator)
-        if "bool" in spec:
-            return torch.rand(shape, generator=generator) > 0.5
-        if "places" in spec:  # of maxima in a picture, each taken once
-            count, size = math.prod(shape[:2]), math.prod(shape[2:])
-            planes = [torch.randperm(size, generator=generator) for _ in range(count)]
-            return torch.stack(planes).view(shape)
-        if "complex" in spec:
-            return torch.randn(shape, generator=generator, dtype=torch.complex128)
-        for key, (low, high) in _RANGES.items():
-            if key in spec:
-                share = torch.rand(shape, generator=generator, dtype=torch.float64)
-                return share * (high - low) + low
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-def _read(spec: Any, holes: list[_Hole]) -> Any:
-    """A sample's argument: a literal, or a hole for a tensor (nested in lists)."""
-    if isinstance(spec, dict):
-        if "plain" in spec or "text" in spec:
-            return spec.get("plain", spec.get("text"))
-        if "tensor" in spec:
-            made = torch.tensor(spec["tensor"])
-            return made.double() if made.is_floating_point() else made
-        if "at" in spec:
-            return _index(str(spec["at"]), holes)
-        if "list" in spec:
-            return [_read(each, holes) for each in spec["list"]]
-        if "tuple" in spec:
-            return tuple(_read(each, holes) for each in spec["tuple"])
-        if "dtype" in spec:
-            return getattr(torch, spec["dtype"])
-    if _shape(spec) is None:
-        raise ValueError(f"`{spec}` is not a shape or one of the forms a sample knows")
-    holes.append(_Hole(len(holes), spec))
-    return holes[-1]
-
-
-def _index(text: str, holes: list[_Hole]) -> Any:
-    """``:, 1:3`` as a tuple of slices; ``[2, 0]`` inside is a list of positions."""
-    parts = [_index_part(part.strip()) for part in text.split(",")]
-    return tuple(parts) if len(parts) > 1 else parts[0]
-
-
-def _index_part(text: str) -> Any:
-    if ":" in text:
-        return slice(*(int(n) if n.strip() else None for n in text.split(":")))
-    if text in ("...", "None"):
-        return Ellipsis if text == "..." else None
-    return torch.tensor([int(n) for n in text.split()]) if " " in text else int(text)
-
-
-@dataclass
-class _Call:
-    """One spelling of an op, with arguments to run it on; `holes` are its tensor operands."""
-
-    name: str
-    target: Any
-    args: list[Any]
-    options: dict[str, Any]
-    holes: list[_Hole]
-    module: nn.Module | None = None
-    defined: bool = True
-
-    @property
-    def title(self) -> str:
-        shown = [_shown(arg) for arg in self.args]
-        shown += [f"{key}={_shown(value)}" for key, value in self.options.items()]
-        return f"{self.name}({', '.join(shown)})"
-
-    def values(self, seed: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return [_values(hole.spec, generator) for hole in self.holes]
-
-    def filled(self, tensors: Sequence[Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """The arguments with tensors in their places."""
-
-        def fill(arg: Any) -> Any:
-            return tensors[arg.index] if _is_hole(arg) else arg
-
-        return _map(self.args, fill), _map(self.options, fill)
-
-    def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        args, options = self.filled(tensors)
-        if self.module is not None:
-            return self.module(*args, **options)
-        if self.name.startswith("Tensor."):
-            found = getattr(args[0], self.name.removeprefix("Tensor."))
-            return found(*args[1:], **options) if callable(self.target) else found
-        result = self.target(*args, **options)
-        return args[0] if result is None else result
-
-
-def _shown(arg: Any) -> str:
-    if _is_hole(arg):
-        return "x".join(map(str, _shape(arg.spec) or ()))
-    if isinstance(arg, list) and any(map(_is_hole, arg)):
-        return f"[{', '.join(map(_shown, arg))}]"
-    return str(arg.tolist() if isinstance(arg, Tensor) else arg)
-
-
-def _is_hole(value: Any) -> bool:
-    return isinstance(value, _Hole)
-
-
-def _map(value: Any, fill: Callable[[Any], Any]) -> Any:
-    if isinstance(value, dict):
-        return {key: _map(item, fill) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_map(item, fill) for item in value)
-    return fill(value)
-
-
-def resolve(name: str) -> Any:
-    """The object a rule's name means; None if this installation has none."""
-    if name.startswith("Tensor."):
-        return getattr(torch.Tensor, name.removeprefix("Tensor."), None)
-    if name.startswith(("aten.", "torch.ops.")):
-        return _op(*name.removeprefix("torch.ops.").split(".")[:2])
-    if name.split(".")[0] in _OPTIONAL:
-        module, _, field_name = name.rpartition(".")
-        try:
-            return getattr(importlib.import_module(module), field_name, None)
-        except ImportError:
-            return None
-    return rule_files._resolve(name)
-
-
-def _op(library: str, name: str) -> Any:
-    """An op of a library of ops, which its Python package brings."""
-    if library in _OPTIONAL:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(library)
-    found = getattr(getattr(torch.ops, library), name, None)
-    return found if isinstance(found, torch._ops.OpOverloadPacket) else None
-
-
-def _made(name: str, sample: Sample) -> _Call:
-    """The call a sample describes; raises whatever building it raises."""
-    target = resolve(name)
-    holes: list[_Hole] = []
-    args = [_read(spec, holes) for spec in sample.inputs]
-    options = {
-        key: _read(value, holes) if isinstance(value, dict) else value
-        for key, value in sample.options.items()
-    }
-    module = None
-    if isinstance(target, type) and issubclass(target, nn.Module):
-        init = sample.init
-        _seed(0)
-        module = target(**init) if isinstance(init, dict) else target(*init)
-        module = module.double().eval()
-        _randomize(module)
-    return _Call(name, target, args, options, holes, module, sample.values)
-
-
-def _seed(number: int) -> None:
-    """Seed torch's CPU generator alone; `torch.manual_seed` asks every device, which is slow."""
-    torch.default_generator.manual_seed(number)
-
-
-def _randomize(module: nn.Module) -> None:
-    """Parameters and statistics that are neither all one nor all zero."""
-    generator = torch.Generator().manual_seed(1)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.1)
-
-
 class _Caller(nn.Module):
     """A network of one call: some operands are its inputs, the others its parameters."""
 
-    def __init__(self, call: _Call, tensors: Sequence[Tensor], params: Iterable[int]):
+    def __init__(self, call: Call, tensors: Sequence[Tensor], params: Iterable[int]):
         super().__init__()
         self.call = call
         if call.module is not None:
@@ -331,7 +137,7 @@ class _Trial:
     `zeros`: for each input, whether its masked channels hold zeros; None for one without channels.
     """
 
-    call: _Call
+    call: Call
     caller: _Caller
     flow: Flow
     zeros: dict[str, bool | None]
@@ -365,8 +171,8 @@ class _Trial:
         inputs = [tensors[f"x{i}"].clone() for i in self.caller.given]
         own = dict(self.caller.named_parameters()) | dict(self.caller.named_buffers())
         state = {name: tensors[name].clone() for name in own}
-        _seed(seed)
-        found = _leaves(functional_call(self.caller, state, tuple(inputs)))
+        seed(seed)
+        found = leaves(functional_call(self.caller, state, tuple(inputs)))
         return [found[i] for i in self.told]
 
     def masked(self, widths: Widths) -> dict[str, Tensor]:
@@ -384,12 +190,8 @@ class _Trial:
                     yield name, slot
 
 
-def _leaves(value: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
 def _trial(
-    call: _Call, rules: Rules, params: Sequence[int], zeros: Sequence[bool | None], mixing: Mixing
+    call: Call, rules: Rules, params: Sequence[int], zeros: Sequence[bool | None], mixing: Mixing
 ) -> _Trial:
     tensors = call.values(0)
     caller = _Caller(call, tensors, params).eval()
@@ -426,7 +228,7 @@ class _Prober:
     results: dict[str, list[list[Tensor]]] = field(default_factory=dict)
     probed: int = 0
     values: bool = True
-    call: _Call | None = None
+    call: Call | None = None
 
     def report(self, message: str, sample: str | None = None) -> None:
         shown = sample if sample is not None else self.call.title if self.call else ""
@@ -446,9 +248,9 @@ class _Prober:
         if self.probed and not self.findings and self.rule.mixes and not self.mixing_seen:
             self.report(f"is said to mix along `{' '.join(self.rule.mixes)}`, but no sample does")
 
-    def built(self, sample: Sample) -> _Call | None:
+    def built(self, sample: Sample) -> Call | None:
         try:
-            call = _made(sample.call, sample)
+            call = made_call(sample.call, sample)
         except Exception as error:
             self.report(f"cannot be built: {_first_line(error)}", sample.call)
             return None
@@ -462,13 +264,13 @@ class _Prober:
     def check_names(self) -> None:
         """Every name means something, every size an attribute or an argument."""
         for name in spellings(self.rule):
-            if resolve(name) is None and not _missing_package(name):
+            if resolve(name) is None and not is_missing(name):
                 self.report(f"`{name}` is not in this torch ({torch.__version__})", "")
         for word in self.rule.words:
-            if not list(_word_spellings(word)):
+            if not list(word_spellings(word)):
                 self.report(f"no op is called `{word}` in this torch ({torch.__version__})", "")
 
-    def check_attributes(self, call: _Call) -> None:
+    def check_attributes(self, call: Call) -> None:
         arguments = {n.lstrip("*") for text in self.rule.calls for n in rule_files._names(text)}
         for key in (*self.rule.sizes, *self.rule.ranks.values(), *self.rule.at):
             if key not in arguments and not hasattr(call.module, key):
@@ -483,7 +285,7 @@ class _Prober:
             target = resolve(name)
             if name in covered or target is None or not self.is_mine(name, target):
                 continue
-            if not self.spelled(name) and not _needs_device(target):
+            if not self.spelled(name) and not needs_device(target):
                 missed.append(name)
         if missed:
             shown = ", ".join(f"`{name}`" for name in missed)
@@ -514,19 +316,19 @@ class _Prober:
             return True
         return False
 
-    def respelled(self, name: str, sample: Sample) -> _Call | None:
+    def respelled(self, name: str, sample: Sample) -> Call | None:
         """The sample as a call of `name`, if that runs."""
         try:
-            call = _made(name, self.rearranged(name, sample))
+            call = made_call(name, self.rearranged(name, sample))
             given, named = call.filled(call.values(0))
             use = self.lookup(name, call.target, (tuple(given), named))
             if call.module is None and (use is None or use.rule.name != self.rule.name):
                 return None
-            _seed(0)
+            seed(0)
             found = call(call.values(0))
         except Exception:
             return None
-        return call if _leaves(found) else None
+        return call if leaves(found) else None
 
     def rearranged(self, name: str, sample: Sample) -> Sample:
         """The sample's arguments in the order in which `name` takes them."""
@@ -540,12 +342,12 @@ class _Prober:
             raise ValueError("the sample's arguments have no place in this call")
         return sample.model_copy(update={"inputs": [bound[n] for n in order]})
 
-    def known_result(self, call: _Call) -> bool:
+    def known_result(self, call: Call) -> bool:
         """Whether the call computes what one of the same word, probed before, does."""
         if call.module is not None:
             return False
-        _seed(0)
-        mine = _leaves(call(call.values(0)))
+        seed(0)
+        mine = leaves(call(call.values(0)))
         earlier = self.results.setdefault(_last(call.name), [])
         known = any(len(mine) == len(other) and all(map(_equal, mine, other)) for other in earlier)
         earlier.append(mine)
@@ -553,7 +355,7 @@ class _Prober:
 
     # -- one call --------------------------------------------------------------------------------
 
-    def deep(self, call: _Call) -> None:
+    def deep(self, call: Call) -> None:
         """Probe a call in all roles its operands can have."""
         self.call = call
         self.values = call.defined
@@ -586,10 +388,10 @@ class _Prober:
         ) as error:
             self.report(f"fails: {_first_line(error)}")
 
-    def roles(self, call: _Call) -> Iterator[tuple[list[int], list[bool | None]]]:
+    def roles(self, call: Call) -> Iterator[tuple[list[int], list[bool | None]]]:
         """Operands that are parameters, and what the inputs' masked channels hold."""
         count = len(call.holes)
-        floats = [i for i in range(count) if not _is_discrete(call.holes[i].spec)]
+        floats = [i for i in range(count) if not is_discrete(call.holes[i].spec)]
         yield [], [True] * count
         if self.rule.additive and self.rule.kind == "dims":
             return  # such rules speak of weights, which masking makes zero
@@ -604,7 +406,7 @@ class _Prober:
                     params = [j for j in floats if j != i]
                     yield params, [True] * (count - len(params))
 
-    def one_trial(self, call: _Call, params: list[int], zeros: list[bool | None]) -> None:
+    def one_trial(self, call: Call, params: list[int], zeros: list[bool | None]) -> None:
         trial = _trial(call, self.rules, params, zeros, "none")
         if not self.fired(trial):
             return
@@ -737,10 +539,10 @@ class _Prober:
         except RewriteError:
             return True  # prune freezes such channels
         inputs = [gather(trial.tensors[n], kept.get(n, {})).clone() for n in trial.zeros]
-        _seed(0)
+        seed(0)
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # fx prints where its code fails
-                found = _leaves(pruned.eval()(*inputs))
+                found = leaves(pruned.eval()(*inputs))
             got = [found[i] for i in trial.told]
         except Exception as error:
             self.report(f"without part of {shown} it does not run: {_first_line(error)}")
@@ -755,7 +557,7 @@ class _Prober:
                 return False
         return True
 
-    def check_letters(self, call: _Call) -> None:
+    def check_letters(self, call: Call) -> None:
         """A letter that is in an operand and the output and does not mix keeps its slices apart."""
         if self.rule.kind not in ("dims", "einsum", "matmul") or self.rule.additive:
             return
@@ -797,9 +599,9 @@ class _Prober:
                     )
                 return
 
-    def check_made(self, call: _Call) -> None:
+    def check_made(self, call: Call) -> None:
         """Tensors without channels are the same whatever the operands are; fills are uniform."""
-        first = _leaves(call(call.values(0)))
+        first = leaves(call(call.values(0)))
         if self.rule.kind == "fill":
             for tensor in first if call.defined else ():
                 if tensor.numel() and not bool((tensor == tensor.reshape(-1)[0]).all()):
@@ -808,7 +610,7 @@ class _Prober:
                     self.report("is said to fill with zeros, and does not")
             return
         halved = [v[tuple(slice(0, max(1, n // 2)) for n in v.shape)] for v in call.values(3)]
-        other = _leaves(call(halved))
+        other = leaves(call(halved))
         if [t.shape for t in first] != [t.shape for t in other]:
             self.report("is said to carry no channels, but its shape follows an operand's")
 
@@ -954,61 +756,12 @@ def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj())
 
 
-def _is_discrete(spec: Any) -> bool:
-    return isinstance(spec, dict) and bool({"index", "bool", "places"} & spec.keys())
-
-
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
 
 
 def _last(name: str) -> str:
     return name.rpartition(".")[2].rstrip("_")
-
-
-def _needs_device(target: Any) -> bool:
-    """Whether a method moves a tensor to a device that is not there."""
-    try:
-        target(torch.zeros(1))
-    except Exception as error:
-        return "CUDA" in str(error) or "NVIDIA" in str(error)
-    return False
-
-
-def _missing_package(name: str) -> bool:
-    root = name.removeprefix("torch.ops.").split(".")[0]
-    if root not in _OPTIONAL:
-        return False
-    try:
-        importlib.import_module(root)
-    except ImportError:
-        return True
-    return False
-
-
-def spellings(rule: Rule) -> list[str]:
-    """Every dotted name whose calls the rule means."""
-    found = [text.partition("(")[0] for text in (*rule.calls, *rule.modules)]
-    for word in rule.words:
-        found += _word_spellings(word)
-    return list(dict.fromkeys(found))
-
-
-def _word_spellings(word: str) -> Iterator[str]:
-    if word[0].isupper() and isinstance(getattr(nn, word, None), type):
-        yield f"torch.nn.{word}"
-        return
-    seen: list[Any] = []
-    for space in _SPACES:
-        for spelled in dict.fromkeys((word, f"{word}_")):
-            found = resolve(f"{space}.{spelled}")
-            if not callable(found) and space != "Tensor":
-                continue  # torch.float is a dtype
-            if spelled.startswith("__") and space not in ("Tensor", "aten"):
-                continue  # every object has an __eq__
-            if found is not None and not any(found is other for other in seen):
-                seen.append(found)
-                yield f"{space}.{spelled}"
 
 
 __all__ = ["Finding", "probe", "probe_all", "replace", "resolve", "spellings"]

@@ -119,12 +119,7 @@ class Masked(Cast):
             return self._over_kept(n, twin)
         found = super().run_node(n)
         value = self.flow.values.get(n)
-        if (
-            isinstance(value, Value)
-            and value.weight
-            and isinstance(found, Tensor)
-            and n.op != "get_attr"
-        ):
+        if self._is_made_weight(n, value, found):
             # what a weight is computed from may be divided by its own norm: 0 / 0 is no weight
             keep = self._mask(value, found.shape).to(found.device)
             return torch.where(keep, found, torch.zeros_like(found))

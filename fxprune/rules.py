@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import fx
 
 from . import pattern
@@ -140,6 +140,13 @@ class Rule(BaseModel):
                 data.setdefault("kind", "dims")
         return data
 
+    @field_validator("fix")
+    @classmethod
+    def _check_fix(cls, fix: str | None) -> str | None:
+        if fix is not None and fix not in _FIXES:
+            raise ValueError(f"`{fix}` is no fix; known: {', '.join(_FIXES)}")
+        return fix
+
     @model_validator(mode="after")
     def _check_dims(self):
         if (self.kind == "dims") != (self.dims is not None):
@@ -152,8 +159,6 @@ class Rule(BaseModel):
         for text in (*self.calls, *self.modules):
             if not _SIGNATURE.fullmatch(text):
                 raise ValueError(f"`{text}` is not a call; write `name(argument, argument)`")
-        if self.fix is not None and self.fix not in _FIXES:
-            raise ValueError(f"`{self.fix}` is no fix; known: {', '.join(_FIXES)}")
         for text in self.calls if self.kind == "dims" else ():
             missing = [name for name in self.operands[:1] if name not in _names(text)]
             if missing:

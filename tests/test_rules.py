@@ -692,26 +692,32 @@ def test_broken_file_leaves_the_rules_in_force_alone(tmp_path):
 # -- ordinary code has rules -----------------------------------------------------------------------
 
 EXPRESSIONS = [
-    "x + 1", "1 + x", "1 - x", "2 * x", "1 / (x + 9)", "x // 2", "7 // (x + 9)", "x % 3", "7 % (x + 9)", "x ** 2",
-    "x ** -1", "2 ** x", "-x", "+x", "abs(x)", "x * (x > 0)", "x * (x == x)", "x * ~(x > 0)", "x * ((x > 0) & (x < 1))",
-    "x * ((x > 1) | (x < 0))", "x * ((x > 1) ^ (x < 0))", "x.float()", "x.to(x)", "x.type_as(y)", "x.clamp(min=1e-6)",
-    "x.clamp_(0, 6)", "x.pow(2).sum(1, keepdim=True) * y", "x.norm(dim=1, keepdim=True) * y", "F.normalize(x) * y",
-    "x / x.norm(dim=1, keepdim=True)", "x.max(1, keepdim=True)[0] * y", "torch.max(x, y)", "torch.where(x > 0, x, y)",
-    "x.masked_fill(x > 1, 0.0)", "x.masked_fill(x > 1, -1.0)", "x.std((2, 3), keepdim=True) * y", "x.lerp(y, 0.3)",
-    "torch.var_mean(x, (2, 3), keepdim=True)[1] + x", "x.tril()", "x.flip(1)", "x.roll(1, 1)", "x.softmax(-1)",
-    "F.softmax(x, 2).sum(1, keepdim=True) * y", "x.softmax(1)", "x.logsumexp((2, 3), keepdim=True) + y", "x.cumsum(2)",
-    "x.sort(-1)[0]", "x.topk(2, 3)[0].mean(3, keepdim=True) + y", "torch.fft.fft2(x).real", "x.expand_as(x) + y",
-    "x.mT.contiguous().mT", "x.flatten(2).unflatten(2, (4, 5))", "x.unbind(2)[0].unsqueeze(2) * y", "torch.tanh_(x)",
-    "torch.special.expit(x) * y", "x.addcmul(x, y)", "torch.atan2(x, y)", "x.copy_(y)", "torch.zeros_like(x) + y",
-    "x.new_zeros(x.shape) + y", "F.hardtanh(x, 0.5, 2.0)", "F.threshold(x, 0.5, 0.0)", "x.uniform_() * 0 + y",
-    "F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2)", "F.glu(torch.cat([x, y], 1), 1)", "F.prelu(x, y.mean((0, 2, 3)))",
-    "x.mul(y).sum(1, keepdim=True) + y", "F.cosine_similarity(x, y).unsqueeze(1) * y", "F.interpolate(x, (4, 5))",
-    "F.grid_sample(x, y[:, :2].permute(0, 2, 3, 1), align_corners=False)", "F.local_response_norm(x, 2)",
-    "F.instance_norm(x)", "F.layer_norm(x, x.shape[1:])", "F.group_norm(x, 2)", "F.avg_pool2d(x, 3, 1, 1)", "x.T.T",
-    "F.scaled_dot_product_attention(x, y, y)", "x @ x.mT @ y", "torch.einsum('nchw,nchv->ncwv', x, y) @ y.mT.mT[..., :5, :]",
-    "F.unfold(x, 1).view(x.shape)", "torch.cdist(x, y) @ y", "torch.cross(x[..., :3], y[..., :3], dim=-1)",
+    "x + 1", "1 + x", "1 - x", "2 * x", "1 / (x + 9)", "x // 2", "7 // (x + 9)", "x % 3",
+    "7 % (x + 9)", "x ** 2", "x ** -1", "2 ** x", "-x", "+x", "abs(x)", "x * (x > 0)",
+    "x * (x == x)", "x * ~(x > 0)", "x * ((x > 0) & (x < 1))", "x * ((x > 1) | (x < 0))",
+    "x * ((x > 1) ^ (x < 0))", "x.float()", "x.to(x)", "x.type_as(y)", "x.clamp(min=1e-6)",
+    "x.clamp_(0, 6)", "x.pow(2).sum(1, keepdim=True) * y", "x.norm(dim=1, keepdim=True) * y",
+    "F.normalize(x) * y", "x / x.norm(dim=1, keepdim=True)", "x.max(1, keepdim=True)[0] * y",
+    "torch.max(x, y)", "torch.where(x > 0, x, y)", "x.masked_fill(x > 1, 0.0)",
+    "x.masked_fill(x > 1, -1.0)", "x.std((2, 3), keepdim=True) * y", "x.lerp(y, 0.3)",
+    "torch.var_mean(x, (2, 3), keepdim=True)[1] + x", "x.tril()", "x.flip(1)", "x.roll(1, 1)",
+    "x.softmax(-1)", "F.softmax(x, 2).sum(1, keepdim=True) * y", "x.softmax(1)",
+    "x.logsumexp((2, 3), keepdim=True) + y", "x.cumsum(2)", "x.sort(-1)[0]",
+    "x.topk(2, 3)[0].mean(3, keepdim=True) + y", "torch.fft.fft2(x).real", "x.expand_as(x) + y",
+    "x.mT.contiguous().mT", "x.flatten(2).unflatten(2, (4, 5))",
+    "x.unbind(2)[0].unsqueeze(2) * y", "torch.tanh_(x)", "torch.special.expit(x) * y",
+    "x.addcmul(x, y)", "torch.atan2(x, y)", "x.copy_(y)", "torch.zeros_like(x) + y",
+    "x.new_zeros(x.shape) + y", "F.hardtanh(x, 0.5, 2.0)", "F.threshold(x, 0.5, 0.0)",
+    "x.uniform_() * 0 + y", "F.pixel_unshuffle(F.pixel_shuffle(x, 2), 2)",
+    "F.glu(torch.cat([x, y], 1), 1)", "F.prelu(x, y.mean((0, 2, 3)))",
+    "x.mul(y).sum(1, keepdim=True) + y", "F.cosine_similarity(x, y).unsqueeze(1) * y",
+    "F.interpolate(x, (4, 5))",
+    "F.grid_sample(x, y[:, :2].permute(0, 2, 3, 1), align_corners=False)",
+    "F.local_response_norm(x, 2)", "F.instance_norm(x)", "F.layer_norm(x, x.shape[1:])",
+    "F.group_norm(x, 2)", "F.avg_pool2d(x, 3, 1, 1)", "F.scaled_dot_product_attention(x, y, y)",
+    "x @ x.mT @ y", "torch.einsum('nchw,nchv->ncwv', x, y)[..., :4, :]",
+    "F.unfold(x, 1).view(x.shape)", "torch.cross(x[..., :3], y[..., :3], dim=-1)",
 ]  # fmt: skip
-UNKNOWN = ("torch.cdist", "x.T.T")  # their channels are frozen
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
@@ -732,6 +738,5 @@ def test_ordinary_code_has_rules_and_is_pruned_exactly(expression):
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 5)
     net = Net().eval()
-    unknown = fxprune.analyze(net, x).flow.unknown
-    assert bool(unknown) == expression.startswith(UNKNOWN), unknown
+    assert fxprune.analyze(net, x).flow.unknown == {}
     fxprune.prune(net, x, rate=0.5)

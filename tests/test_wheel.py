@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 import sysconfig
 import textwrap
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +58,27 @@ def test_wheel_holds_the_package_its_rules_and_nothing_else(wheel):
     assert "fxprune/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"fxprune"}
+
+
+def test_declared_dependencies_are_what_the_package_imports(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        lines = archive.read(metadata).decode().splitlines()
+        sources = [archive.read(n) for n in archive.namelist() if n.endswith(".py")]
+    needed = [x.split(": ")[1] for x in lines if x.startswith("Requires-Dist") and "extra" not in x]
+    declared = {re.match(r"[\w-]+", text)[0].lower() for text in needed}
+    imported = {name for source in sources for name in _imported(ast.parse(source))}
+    assert imported - set(sys.stdlib_module_names) - {"fxprune"} == {
+        {"pyyaml": "yaml"}.get(name, name) for name in declared
+    }
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module.split(".")[0]
 
 
 def test_installed_wheel_prunes_with_its_own_rules(clean_python, tmp_path):
