@@ -6,7 +6,8 @@ DATA_FOLDER holds resnet20.safetensors and resnet56.safetensors (the option-A ne
 2015) and cifar10_jpg.tar.xz (train/CLASS/NAME.jpg and test/CLASS/NAME.jpg). The shortcut of these
 networks pads channels with zeros: the widths before and after it are free, its pad is rewritten.
 
-With --epochs, every network is fine-tuned on the training images, the unpruned one too.
+With --epochs, every network is fine-tuned on the training images, the unpruned one too. Needs
+safetensors, Pillow and rich.
 """
 
 from __future__ import annotations

@@ -119,15 +119,15 @@ class Masked(Cast):
             return self._over_kept(n, twin)
         found = super().run_node(n)
         value = self.flow.values.get(n)
-        if self._is_made_weight(n, value, found):
-            # what a weight is computed from may be divided by its own norm: 0 / 0 is no weight
+        if not isinstance(value, Value) or not isinstance(found, Tensor) or mutates(n):
+            return found
+        infinite = found.is_floating_point() and not bool(found.sum().isfinite())
+        if (value.weight and n.op != "get_attr") or (infinite and self.widths.changed(value)):
+            # a dropped weight may be divided by its own norm, a dropped value inverted: 0 / 0 and
+            # 1 / 0 only ever meet weights that are zero, but 0 * inf is no number
             keep = self._mask(value, found.shape).to(found.device)
             return torch.where(keep, found, torch.zeros_like(found))
         return found
-
-    def _is_made_weight(self, n: fx.Node, value: Any, found: Any) -> bool:
-        made = n.op != "get_attr" and not mutates(n) and isinstance(found, Tensor)
-        return made and isinstance(value, Value) and value.weight
 
     def _shrinks(self, n: fx.Node) -> bool:
         return any(self.widths.changed(self.widths.value(o)) for o in n.all_input_nodes)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -22,6 +22,9 @@ from torch import fx
 
 from . import pattern
 from .errors import RuleError, nearest
+
+if TYPE_CHECKING:
+    from .probe import Finding
 
 _HERE = Path(__file__).resolve().parent
 _WORD_SPACES = {
@@ -160,10 +163,10 @@ class Rule(BaseModel):
             if not _SIGNATURE.fullmatch(text):
                 raise ValueError(f"`{text}` is not a call; write `name(argument, argument)`")
         for text in self.calls if self.kind == "dims" else ():
-            missing = [name for name in self.operands[:1] if name not in _names(text)]
+            missing = [name for name in self.operands[:1] if name not in argument_names(text)]
             if missing:
                 raise ValueError(f"`{text}` has no argument `{missing[0]}`, an operand")
-        named = {name.lstrip("*") for text in self.calls for name in _names(text)}
+        named = {name.lstrip("*") for text in self.calls for name in argument_names(text)}
         for key in (*self.when, *self.ignores):
             if key not in {*named, *self.operands}:
                 known = nearest(key, named)
@@ -301,10 +304,10 @@ class Rules:
             else:
                 self.words[_base(word)] = Use(rule, rule.operands, rule.defaults)
         for text in rule.calls:
-            self._call(*_signature(text, rule))
+            self._call(*signature(text, rule))
         for text in rule.modules:
-            name, use = _signature(text, rule)
-            self._module(name, _resolve(name), use)
+            name, use = signature(text, rule)
+            self._module(name, resolve(name), use)
         self._found.clear()
 
     def _module(self, name: str, found: Any, use: Use) -> None:
@@ -316,7 +319,7 @@ class Rules:
         if name.startswith("Tensor."):
             self.methods.setdefault(name.removeprefix("Tensor."), []).insert(0, use)
             name = f"torch.{name}"  # operators reach a tracer as functions of the class
-        key = _op_name(name) or _resolve(name)
+        key = _op_name(name) or resolve(name)
         if key is not None:
             self.functions.setdefault(key, []).insert(0, use)
 
@@ -387,17 +390,17 @@ def _word(function: Any) -> str:
     return _base(getattr(function, "__name__", "")) if known else ""
 
 
-def _signature(text: str, rule: Rule) -> tuple[str, Use]:
-    return text.partition("(")[0], Use(rule, _names(text), rule.defaults)
+def signature(text: str, rule: Rule) -> tuple[str, Use]:
+    return text.partition("(")[0], Use(rule, argument_names(text), rule.defaults)
 
 
-def _names(text: str) -> tuple[str, ...]:
+def argument_names(text: str) -> tuple[str, ...]:
     """The names of the arguments in ``call(argument, argument)``."""
     inside = text.partition("(")[2].rstrip(")")
     return tuple(name.strip() for name in inside.split(",") if name.strip())
 
 
-def _resolve(name: str) -> Any:
+def resolve(name: str) -> Any:
     """The object behind a dotted name; None where its package is not there (or not imported)."""
     if name.startswith("aten."):
         return getattr(torch.ops.aten, name.removeprefix("aten."), None)
@@ -527,3 +530,15 @@ def load(path: Path | str) -> None:
     for rule in read(path):
         rules.add(rule)
     _current = rules
+
+
+def probe(path: Path | str | None = None) -> list[Finding]:
+    """What is wrong with the rules of a file (or of all in force), found by running their ops.
+
+    An empty list says that every sample and every spelling of every op does what its rule says.
+    """
+    from .probe import probe as probe_rule
+
+    rules = current()
+    chosen = rules.rules if path is None else read(path)
+    return [finding for rule in chosen for finding in probe_rule(rule, rules)]

@@ -75,7 +75,7 @@ def _read(spec: Any, holes: list[Hole]) -> Any:
             made = torch.tensor(spec["tensor"])
             return made.double() if made.is_floating_point() else made
         if "at" in spec:
-            return _index(str(spec["at"]), holes)
+            return _index(str(spec["at"]))
         if "list" in spec:
             return [_read(each, holes) for each in spec["list"]]
         if "tuple" in spec:
@@ -88,8 +88,8 @@ def _read(spec: Any, holes: list[Hole]) -> Any:
     return holes[-1]
 
 
-def _index(text: str, holes: list[Hole]) -> Any:
-    """``:, 1:3`` as a tuple of slices; ``[2, 0]`` inside is a list of positions."""
+def _index(text: str) -> Any:
+    """``:, 1:3`` as a tuple of slices; ``4 0 1`` in it are positions."""
     parts = [_index_part(part.strip()) for part in text.split(",")]
     return tuple(parts) if len(parts) > 1 else parts[0]
 
@@ -169,13 +169,13 @@ def resolve(name: str) -> Any:
         return getattr(torch.Tensor, name.removeprefix("Tensor."), None)
     if name.startswith(("aten.", "torch.ops.")):
         return _op(*name.removeprefix("torch.ops.").split(".")[:2])
-    if name.split(".")[0] in _OPTIONAL:
-        module, _, field_name = name.rpartition(".")
-        try:
-            return getattr(importlib.import_module(module), field_name, None)
-        except ImportError:
-            return None
-    return rule_files._resolve(name)
+    if name.split(".")[0] in ("torch", "operator"):
+        return rule_files.resolve(name)
+    module, _, field = name.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), field, None)
+    except (ImportError, ValueError):
+        return None
 
 
 def _op(library: str, name: str) -> Any:
@@ -199,14 +199,14 @@ def made_call(name: str, sample: Sample) -> Call:
     module = None
     if isinstance(target, type) and issubclass(target, nn.Module):
         init = sample.init
-        seed(0)
+        seed_torch(0)
         module = target(**init) if isinstance(init, dict) else target(*init)
         module = module.double().eval()
         _randomize(module)
     return Call(name, target, args, options, holes, module, sample.values)
 
 
-def seed(number: int) -> None:
+def seed_torch(number: int) -> None:
     """Seed torch's CPU generator alone; `torch.manual_seed` asks every device, which is slow."""
     torch.default_generator.manual_seed(number)
 

@@ -279,6 +279,8 @@ class _Tracer(TorchFunctionMode):
         if prop in ("numel", "nelement") and id(tensor) in self.nodes:
             return TracedInt(tensor.numel(), ("numel", tensor))
         found = func(*args, **kwargs)
+        if prop == "__len__" and id(tensor) in self.nodes:
+            self.baked.append(_source())
         if prop in ("dtype", "device") and id(tensor) in self.nodes:
             self.asked[found] = self.nodes[id(tensor)]
         if isinstance(found, torch.Tensor):
@@ -543,8 +545,8 @@ def unchanged_shape(
     ):
         return None
     rule, x = use.rule, args[0]
-    if rule.kind == "pointwise" and not module._parameters and rule.zero == "keeps":
-        return torch.empty_like(x)
+    if rule.kind == "pointwise" and not module._parameters and x.is_floating_point():
+        return _meta_like(x)
     if rule.kind != "dims" or rule.pattern.output != rule.pattern.inputs[0]:
         return None
     names = rule.operands[1:]
@@ -561,7 +563,11 @@ def unchanged_shape(
         if len(text.split()) == 1 and "*" not in text
     }
     bind(rule.pattern, shapes, tuple(x.shape), sizes=sizes, ranks=ranks)
-    return torch.empty_like(x)
+    return _meta_like(x)
+
+
+def _meta_like(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 def to_meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:

@@ -28,6 +28,9 @@ WIDEST = 32
 
 Dice = random.Random
 
+# The fused encoder layer would pass by the layers inside it, which the laws replace.
+torch.backends.mha.set_fastpath_enabled(False)
+
 
 def width(dice: Dice) -> int:
     """A width with many divisors."""
@@ -53,7 +56,8 @@ def conv_bn_act(i: int, o: int, k: int = 3, **options) -> nn.Sequential:
 
 class Block(nn.Module):
     """One structure. It takes `c` channels on `side` x `side` pixels and gives ``self.out`` of them
-    on ``self.side`` a side. ``mixes`` says which of its ops take statistics over channels."""
+    on ``self.side`` a side. ``mixes`` says what takes statistics over channels: "norms" (layers),
+    "weights" (of a weight, while running) or "all" (other ops)."""
 
     mixes = ""
 
@@ -1384,6 +1388,340 @@ class Selects(Block):
         a, b = self.a(x), self.b(x)
         y = torch.where(a > b, a, b * 0.5)
         return torch.maximum(y, a.clamp(-1, 1)) + torch.lerp(a, b, 0.3)
+
+
+# -- less usual ------------------------------------------------------------------------------------
+
+
+class ChannelsToBatch(Block):
+    """Every channel through the same small network, as items of a larger batch."""
+
+    def make(self, dice, c, side):
+        self.pre, self.a, self.b = conv_bn_act(c, 6, 1), conv(1, 3), conv(3, 1)
+        self.out = 6
+
+    def forward(self, x):
+        y = self.pre(x)
+        n, c, h, w = y.shape
+        z = self.b(F.relu(self.a(y.reshape(n * c, 1, h, w))))
+        return y + z.view(n, c, h, w)
+
+
+class BilinearPooling(Block):
+    """Products of all pairs of channels, flattened."""
+
+    def make(self, dice, c, side):
+        self.a, self.b, self.out = conv(c, 4, 1), conv(c, 3, 1), 5
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        a, b = self.a(x).flatten(2), self.b(x).flatten(2)
+        pairs = torch.einsum("bcl,bdl->bcd", a, b) / a.shape[-1]
+        return self.fc(pairs.flatten(1))[:, :, None, None].expand(-1, -1, *x.shape[2:])
+
+
+class DynamicConv(Block):
+    """Kernels mixed for each item from a bank, applied as one grouped convolution."""
+
+    mixes = "all"
+
+    def make(self, dice, c, side):
+        self.out, self.c = any_width(dice), c
+        self.bank = nn.Parameter(torch.randn(3, self.out, c, 3, 3) / (3 * c**0.5))
+        self.route = nn.Linear(c, 3)
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        mix = self.route(x.mean((2, 3))).softmax(1)
+        kernels = (mix @ self.bank.flatten(1)).view(n * self.out, c, 3, 3)
+        y = F.conv2d(x.reshape(1, n * c, h, w), kernels, padding=1, groups=n)
+        return y.view(n, self.out, h, w)
+
+
+class OddChunk(Block):
+    """Pieces that are not equal, by chunk and by computed sizes."""
+
+    def make(self, dice, c, side):
+        self.pre, self.a, self.b, self.out = conv_bn_act(c, 7), conv(4, 5), conv(3, 5, 1), 5 + 7
+
+    def forward(self, x):
+        y = self.pre(x)
+        p, q = y.chunk(2, dim=1)
+        cut = y.size(1) // 2
+        back = torch.cat([y[:, cut:], y[:, :cut]], dim=1)
+        return torch.cat([self.a(p) + self.b(q), back], dim=1)
+
+
+class Indexing(Block):
+    """Lists, masks, negative bounds and single channels."""
+
+    def make(self, dice, c, side):
+        self.pre, self.out = conv_bn_act(c, 9), 3 + 4 + 3
+        self.register_buffer(
+            "mask", torch.tensor([True, False, True, True, False, False, True, False, False])
+        )
+
+    def forward(self, x):
+        y = self.pre(x)
+        return torch.cat([y[:, [0, 2, 5]], y[:, self.mask], y[:, -3:] * y[:, 1:2]], 1)
+
+
+class SingleChannel(Block):
+    """One channel of several is a map for the others."""
+
+    def make(self, dice, c, side):
+        self.a, self.out = conv(c, 7), 6
+
+    def forward(self, x):
+        y = self.a(x)
+        return y[:, 1:] * torch.sigmoid(y[:, 0]).unsqueeze(1)
+
+
+class ExpandedChannel(Block):
+    """One channel copied to as many as another value has."""
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.a, self.one, self.b = conv_bn(c, self.out), conv(c, 1), conv(self.out, self.out, 1)
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b(self.one(x).expand(-1, y.shape[1], -1, -1) + y)
+
+
+class Comparisons(Block):
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.a, self.b = conv_bn(c, self.out), conv_bn(c, self.out, 1)
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x)
+        y = a * (a > b).to(a.dtype) + b.masked_fill(b < 0, 0.25)
+        return torch.minimum(y, a.abs().sqrt()).clamp(max=3.0)
+
+
+class ReZero(Block):
+    """Scalars as parameters."""
+
+    def make(self, dice, c, side):
+        self.alpha, self.beta = nn.Parameter(torch.randn(1)), nn.Parameter(torch.randn(()))
+        self.a = conv_bn_act(c, c)
+
+    def forward(self, x):
+        return x + self.alpha * self.a(x) - self.beta
+
+
+class PaddedModes(Block):
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        mode = dice.choice(("reflect", "circular", "replicate"))
+        self.conv = conv(c, self.out, padding_mode=mode)
+        self.pad, self.b = nn.ReflectionPad2d(1), nn.Conv2d(self.out, self.out, 3)
+
+    def forward(self, x):
+        return self.b(self.pad(torch.tanh(self.conv(x))))
+
+
+class CosineConv(Block):
+    """Weights normalised while running, and a learned temperature."""
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.weight = nn.Parameter(torch.randn(self.out, c))
+        self.scale = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x):
+        w = F.normalize(self.weight, dim=1)
+        y = F.linear(x.permute(0, 2, 3, 1), w) * self.scale
+        return y.permute(0, 3, 1, 2)
+
+
+class StandardisedConv(Block):
+    """Weight standardisation: mean and spread of each filter are taken out."""
+
+    mixes = "weights"
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.conv = conv(c, self.out)
+
+    def forward(self, x):
+        w = self.conv.weight
+        w = (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, w, self.conv.bias, padding=1)
+
+
+class LayerNormCHW(Block):
+    """Statistics over channels and pixels, affine over both."""
+
+    mixes = "norms"
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.conv, self.norm = conv(c, self.out), nn.LayerNorm([self.out, side, side])
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class BareNorm(Block):
+    """Norms without parameters, or without running statistics."""
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.a, self.b = conv(c, self.out), conv(self.out, self.out)
+        self.p = nn.BatchNorm2d(self.out, affine=False)
+        self.q = nn.BatchNorm2d(self.out, track_running_stats=False)
+
+    def forward(self, x):
+        return F.relu(self.q(self.b(F.relu(self.p(self.a(x))))))
+
+
+class Grid(Block):
+    """Sampling at learned positions."""
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.a, self.theta = conv_bn_act(c, self.out), nn.Linear(c, 6)
+
+    def forward(self, x):
+        y = self.a(x)
+        theta = 0.3 * self.theta(x.mean((2, 3))).tanh().view(-1, 2, 3)
+        grid = F.affine_grid(theta, list(y.size()), align_corners=False)
+        return F.grid_sample(y, grid, align_corners=False)
+
+
+class StackMean(Block):
+    """Branches joined by max, mean and sum over a new dim."""
+
+    def make(self, dice, c, side):
+        self.out, self.kind = any_width(dice), dice.choice(("max", "mean", "sum"))
+        self.branches = nn.ModuleList(conv_bn(c, self.out, k) for k in (1, 3, 3))
+
+    def forward(self, x):
+        found = [branch(x) for branch in self.branches]
+        if self.kind == "sum":
+            return sum(found)
+        y = torch.stack(found, dim=-1 if self.kind == "max" else 0)
+        return y.max(dim=-1).values if self.kind == "max" else torch.mean(y, 0)
+
+
+class Reordering(Block):
+    """Sizes and dims named in unusual ways."""
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.a, self.fc = conv_bn_act(c, self.out), nn.Linear(self.out, self.out)
+        self.unflatten = nn.Unflatten(2, (side, side))
+
+    def forward(self, x):
+        y = self.a(x).movedim(1, -1)
+        y = self.fc(y.swapaxes(1, 2)).transpose(-1, 1)
+        return self.unflatten(y.flatten(start_dim=-2)).mT
+
+
+class HeadsOfChannels(Block):
+    """Channels seen as heads, each with its own scale."""
+
+    def make(self, dice, c, side):
+        self.out = 12
+        self.a, self.scale = conv_bn(c, 12), nn.Parameter(torch.randn(1, 3, 1, 1, 1))
+
+    def forward(self, x):
+        n, _, h, w = x.shape
+        y = self.a(x).reshape(n, 3, 4, h, w) * self.scale
+        return F.silu(y.reshape(n, 12, h, w))
+
+
+class TwoWayShuffle(Block):
+    """A shuffle and its inverse, with something between."""
+
+    def make(self, dice, c, side):
+        self.out, groups = 12, dice.choice((2, 3))
+        self.a, self.b = conv_bn_act(c, 12, 1), conv_bn_act(12, 12, groups=12)
+        self.there, self.back = nn.ChannelShuffle(groups), nn.ChannelShuffle(12 // groups)
+
+    def forward(self, x):
+        y = self.a(x)
+        return y + self.back(self.b(self.there(y)))
+
+
+class Transformer(Block):
+    mixes = "norms"
+
+    def make(self, dice, c, side):
+        self.pre, self.out = conv(c, 8, 1), 8
+        self.layer = nn.TransformerEncoderLayer(
+            8,
+            2,
+            11,
+            batch_first=True,
+            norm_first=dice.random() < 0.5,
+            activation=dice.choice(("relu", "gelu")),
+        )
+
+    def forward(self, x):
+        y = self.pre(x)
+        return self.layer(y.flatten(2).mT).mT.reshape(y.shape)
+
+
+class CrossAttention(Block):
+    """Queries of their own read the pixels; einsum throughout."""
+
+    def make(self, dice, c, side):
+        self.out, self.heads, each = any_width(dice), 2, 3
+        self.queries = nn.Parameter(torch.randn(5, self.heads * each))
+        self.k, self.v = nn.Linear(c, self.heads * each), nn.Linear(c, self.heads * each)
+        self.o, self.a = nn.Linear(self.heads * each, self.out), conv(c, self.out)
+
+    def forward(self, x):
+        y = x.flatten(2).mT
+        q = self.queries.unflatten(-1, (self.heads, -1))
+        k, v = (layer(y).unflatten(-1, (self.heads, -1)) for layer in (self.k, self.v))
+        weights = torch.einsum("qhd,bkhd->bhqk", q, k).softmax(-1)
+        y = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
+        return self.a(x) + self.o(y).amax(1)[..., None, None]
+
+
+class Recurrent(Block):
+    """A cell that steps over the rows."""
+
+    def make(self, dice, c, side):
+        self.out, self.cell = 6, nn.GRUCell(c, 6)
+
+    def forward(self, x):
+        rows = x.mean(3)
+        state, found = x.new_zeros(x.shape[0], 6), []
+        for i in range(rows.shape[2]):
+            state = self.cell(rows[:, :, i], state)
+            found.append(state)
+        return torch.stack(found, 2).unsqueeze(3).expand(-1, -1, -1, x.shape[3])
+
+
+class Accumulating(Block):
+    """A cumulative sum over channels, and one over rows."""
+
+    mixes = "all"
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.a = conv_bn(c, self.out)
+
+    def forward(self, x):
+        y = torch.tanh(self.a(x))
+        return y.cumsum(1) + y.cumsum(dim=2)
+
+
+class WeightUsedTwice(Block):
+    """A layer's weight is also read by name."""
+
+    def make(self, dice, c, side):
+        self.out = any_width(dice)
+        self.a = conv(c, self.out, 1)
+
+    def forward(self, x):
+        size = self.a.weight.pow(2).sum((1, 2, 3)).sqrt()
+        return self.a(x) / (1 + size.view(1, -1, 1, 1))
 
 
 # -- heads -----------------------------------------------------------------------------------------

@@ -96,8 +96,9 @@ def _norm_over_kept(module: nn.GroupNorm | nn.LayerNorm, rows: Tensor):
 
     def forward(x: Tensor) -> Tensor:
         if isinstance(module, nn.LayerNorm):
-            found = F.layer_norm(x[..., rows], (len(rows),), weight, bias, module.eps)
-            return torch.zeros_like(x).index_copy(-1, rows, found)
+            dim, shape = -len(module.normalized_shape), (len(rows), *module.normalized_shape[1:])
+            found = F.layer_norm(x.index_select(dim, rows), shape, weight, bias, module.eps)
+            return torch.zeros_like(x).index_copy(dim, rows, found)
         left = len(torch.unique(rows // (module.num_channels // module.num_groups)))
         found = F.group_norm(x[:, rows], left, weight, bias, module.eps)
         return torch.zeros_like(x).index_copy(1, rows, found)
@@ -140,9 +141,10 @@ def pruned_by(
 
 
 def comparable(network: Network, choice: Choice) -> bool:
-    """Whether masking says what the pruned network computes: not where softmax, means and the like
-    run over fewer channels."""
-    return choice.mixing != "all" or "all" not in network.mixes()
+    """Whether `masked` says what the pruned network computes: not where softmax, means and the like
+    run over fewer channels, or a weight's own statistics do."""
+    mixed = {"none": set(), "norms": {"weights"}, "all": {"weights", "all"}}[choice.mixing]
+    return not mixed & network.mixes()
 
 
 def check_sliced_is_masked(network: Network, choice: Choice) -> float | None:

@@ -12,8 +12,9 @@ from torch import nn
 import fxprune
 from fxprune import rules as rule_files
 from fxprune.errors import RuleError
-from fxprune.probe import Finding, probe, resolve, spellings
+from fxprune.probe import Finding, probe
 from fxprune.rules import Rules, read
+from fxprune.samples import resolve, spellings
 
 _SHIPPED = rule_files.build(sorted((rule_files.folder() / "ops").glob("*.yaml"))).rules
 
@@ -665,7 +666,39 @@ def test_load_adds_a_rule_of_ones_own(tmp_path):
     rule_files.load(path)
     assert fxprune.analyze(Doubled(), x).groups[0].prunable
     assert fxprune.prune(Doubled(), x, rate=0.5).a.weight.shape[0] == 4
-    assert probe(read(path)[0]) == []
+    assert rule_files.probe(path) == []
+
+
+class Scaled(nn.Module):
+    """A layer of one's own: a weight for each channel of the last dim."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width, self.weight = width, nn.Parameter(torch.ones(width))
+
+    def forward(self, x):
+        assert x.shape[-1] == self.width
+        return x * self.weight
+
+
+def test_a_layer_of_ones_own_gets_a_rule_and_is_probed(tmp_path):
+    path = written(
+        tmp_path,
+        f"""
+        scaled:
+          dims: "*b c, c -> *b c"
+          operands: [x, weight]
+          sizes: {{width: c}}
+          scales: weight
+          modules: ["{__name__}.Scaled(x)"]
+          samples: [{{call: {__name__}.Scaled, init: [5], inputs: [[2, 3, 5]]}}]
+        """,
+    )
+    assert rule_files.probe(path) == []
+    rule_files.load(path)
+    model = nn.Sequential(nn.Linear(3, 8), Scaled(8), nn.Linear(8, 2))
+    pruned = fxprune.prune(model, torch.randn(4, 3), rate=0.5)
+    assert getattr(pruned, "1").width == 4
 
 
 def test_loaded_rule_wins_over_the_shipped_one(tmp_path):
