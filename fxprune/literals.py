@@ -44,6 +44,7 @@ class Context:
     widths: Widths
     number: Callable[[fx.Node], Any]
     source: Value
+    module: Any = None  # of a call of a module
 
     def shape(self, node: fx.Node, value: Any = None) -> tuple[int, ...]:
         return self.widths.shape(node, self.widths.value(node) if value is None else value)
@@ -113,10 +114,9 @@ def sizes(call: Call, context: Context) -> None:
     """Sizes that one dim is unflattened to."""
     need = context.shape(call.node)
     if call.op == "call_module":
-        old = call.node.meta["val"].shape
-        call.attrs["unflattened_size"] = tuple(
-            need[1 : 1 + len(old) - len(context.source.shape) + 1]
-        )
+        dim = context.dim(getattr(context.module, "dim", 1))
+        count = len(need) - len(context.source.shape) + 1
+        call.attrs["unflattened_size"] = tuple(need[dim : dim + count])
         return
     _, given = _argument(call, "sizes")
     dim = context.dim(_argument(call, "dim")[1])

@@ -251,9 +251,9 @@ class _Writer:
         )
         source = source if isinstance(source, Value) else Value(())
         if rule.fix:
-            literals.FIXES[rule.fix](
-                call, Context(self.widths, lambda n: self.numbers.get(n), source)
-            )
+            module = self.modules[call.target] if call.op == "call_module" else None
+            numbers = self.numbers.get
+            literals.FIXES[rule.fix](call, Context(self.widths, numbers, source, module))
         moves = rule.kind == "move" and not call.gathers and self.widths.changed(source)
         if moves and not self.delivers(call, source):
             return self.by_gather(node)

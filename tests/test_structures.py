@@ -1764,3 +1764,22 @@ def test_wide_dense_networks_are_quick():
     pruned = fxprune.prune(model, (image_of(3),), criterion="l1", verify="shapes")
     assert time.perf_counter() - start < 20
     assert pruned.last.in_channels == 8 + 4 * 40
+
+
+class UnflattenPixels(nn.Module):
+    """`nn.Unflatten` of a dim that is not the channels'."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(3, 12, 1)
+        self.u = nn.Unflatten(2, (4, 4))
+        self.o = nn.Conv2d(12, 2, 1)
+
+    def forward(self, x):
+        return self.o(self.u(self.a(x).flatten(2)))
+
+
+def test_unflatten_of_pixels_keeps_its_sizes():
+    pruned = fxprune.prune(UnflattenPixels(), torch.randn(2, 3, 4, 4), rate=0.5)
+    assert pruned.u.unflattened_size == (4, 4)
+    assert pruned(torch.randn(2, 3, 4, 4)).shape == (2, 2, 4, 4)
