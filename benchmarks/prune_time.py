@@ -2,10 +2,11 @@
 
 ``python -m benchmarks.prune_time --out prune_time.md``
 
-Both remove half of the channels by L2 norms, on one thread, in turns, and the median counts. The
-analysis is `fxprune.analyze` and the construction of `BasePruner`; the total adds what it takes to
-have the small network: `fxprune.prune(..., verify="shapes")`, and `step()`. Then each tool's growth
-with deeper networks. Needs the extra ``bench``.
+Both remove half of the channels by L2 norms, on one thread, in turns, each time in a fresh process
+that has warmed up on a network of three layers, and the median counts. The analysis is what
+`fxprune.prune` does up to its step `groups`, and the construction of `BasePruner`; the total is all
+it takes to have the small network: `fxprune.prune(..., verify="shapes")`, and construction and
+`step()`. Then the growth with deeper networks. Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -123,13 +124,16 @@ class Dense(nn.Module):
 
 
 def ours(model: nn.Module, x: Tensor) -> Measure:
-    """fxprune: the analysis alone, then a whole `prune`, which makes one of its own."""
+    """fxprune: one `prune`; its analysis ends where the groups are known."""
+    at: dict[str, float] = {}
+
+    def watch(step: str, before: Any, after: Any) -> None:
+        at[step] = clock()
+
     start = clock()
-    fxprune.analyze(model, (x,))
-    analysed = clock()
-    pruned = fxprune.prune(model, (x,), criterion="l2", rate=0.5, verify="shapes")
+    pruned = fxprune.prune(model, (x,), criterion="l2", rate=0.5, verify="shapes", watch=watch)
     end = clock()
-    return analysed - start, end - analysed, sum(p.numel() for p in pruned.parameters())
+    return at["groups"] - start, end - start, sum(p.numel() for p in pruned.parameters())
 
 
 def theirs(model: nn.Module, x: Tensor) -> Measure:
@@ -167,24 +171,17 @@ def warmed(tools: list[str]) -> None:
         TOOLS[tool](copy.deepcopy(net).eval(), torch.randn(1, 3, 8, 8))
 
 
-def timed(name: str, tools: list[str], repeats: int) -> dict[str, Any]:
-    """Median seconds of each tool, taken in turns, each on a fresh copy that is not timed."""
+def timed(name: str, tools: list[str], turn: int) -> dict[str, Any]:
+    """Seconds of each tool on a copy of its own; `turn` says which of them begins."""
     warmed(tools)
     model, x = network(name)
-    found: dict[str, list[Measure]] = {tool: [] for tool in tools}
-    for _ in range(repeats):
-        for tool in tools:
-            fresh = copy.deepcopy(model)
-            gc.collect()
-            found[tool].append(TOOLS[tool](fresh, x))
     result: dict[str, Any] = {"params": sum(p.numel() for p in model.parameters())}
-    for tool, runs in found.items():
-        analysis, total, left = zip(*runs, strict=True)
-        result[tool] = {
-            "analysis": statistics.median(analysis),
-            "total": statistics.median(total),
-            "left": left[0],
-        }
+    for i in range(len(tools)):
+        tool = tools[(i + turn) % len(tools)]
+        fresh = copy.deepcopy(model)
+        gc.collect()
+        analysis, total, left = TOOLS[tool](fresh, x)
+        result[tool] = {"analysis": analysis, "total": total, "left": left}
     return result
 
 
@@ -219,21 +216,33 @@ share of its parameters.
 """
 
 
-def compared(names: list[str], repeats: int, limit: float, which: str) -> dict[str, dict[str, Any]]:
+def repeated(name: str, options: argparse.Namespace, *, tool: str = "", limit: float = 0) -> Any:
+    """Median seconds over several processes, so that none finds what an earlier run left behind."""
+    runs = []
+    for turn in range(1 if limit else options.repeats):
+        call = ["--one", name, "--clock", options.clock, "--turn", str(turn)]
+        call += ["--tool", tool] if tool else []
+        runs.append(common.apart(MODULE, *call, limit=limit or options.limit))
+    failed = next((run for run in runs if "problem" in run), None)
+    if failed:
+        return failed
+    for which in TOOLS.keys() & runs[0].keys():
+        for what in ("analysis", "total"):
+            runs[0][which][what] = statistics.median(run[which][what] for run in runs)
+    return runs[0]
+
+
+def compared(names: list[str], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Both tools on each network."""
     results = {}
     with Progress(console=common.console) as progress:
         task = progress.add_task("networks", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            found = common.apart(
-                MODULE, "--one", name, "--repeats", str(repeats), "--clock", which, limit=limit
-            )
-            for tool in TOOLS:
-                if tool in found:
-                    found[tool] |= common.apart(
-                        MODULE, "--one", name, "--memory", tool, limit=limit
-                    )
+            found = repeated(name, options)
+            for tool in TOOLS.keys() & found.keys():
+                call = ("--one", name, "--memory", tool)
+                found[tool] |= common.apart(MODULE, *call, limit=options.limit)
             results[name] = found
             progress.advance(task)
     return results
@@ -264,21 +273,21 @@ def ratio(found: dict[str, Any], what: str) -> float:
 
 
 def geometric(values: list[float]) -> float:
-    return float(np.exp(np.mean(np.log(values))))
+    return float(np.exp(np.mean(np.log(values)))) if values else float("nan")
 
 
-def grown(repeats: int, limit: float, which: str) -> dict[str, dict[str, Any]]:
+def grown(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """fxprune on networks that grow, and the peer as far as its patience goes."""
     names = [f"{kind}/{count}" for kind, counts in GROWTH.items() for count in counts]
+    names = [name for name in names if common.matches(name, options.only)]
     results = {}
     with Progress(console=common.console) as progress:
         task = progress.add_task("growth", total=len(names))
         for name in names:
             progress.update(task, description=name)
-            run = ("--one", name, "--clock", which, "--repeats")
-            found = common.apart(MODULE, *run, str(repeats), "--tool", "fxprune", limit=limit)
-            found |= common.apart(MODULE, "--one", name, "--size", limit=limit)
-            peer = common.apart(MODULE, *run, "1", "--tool", "Torch-Pruning", limit=PATIENCE + 15)
+            found = repeated(name, options, tool="fxprune")
+            found |= common.apart(MODULE, "--one", name, "--size", limit=options.limit)
+            peer = repeated(name, options, tool="Torch-Pruning", limit=PATIENCE + 15)
             results[name] = {**found, "Torch-Pruning": peer.get("Torch-Pruning", {})}
             progress.advance(task)
     return results
@@ -332,7 +341,7 @@ def one(options: argparse.Namespace) -> dict[str, Any]:
         return weighed(options.one, options.memory)
     if options.size:
         return sized(options.one)
-    return timed(options.one, [options.tool] if options.tool else list(TOOLS), options.repeats)
+    return timed(options.one, [options.tool] if options.tool else list(TOOLS), options.turn)
 
 
 def main() -> int:
@@ -341,26 +350,23 @@ def main() -> int:
     )
     parser.add_argument("--only", default="*", help="a shell-style pattern of networks")
     parser.add_argument("--out", help="a Markdown file to write")
-    parser.add_argument("--repeats", type=int, default=5, help="runs of each; the median counts")
+    parser.add_argument("--repeats", type=int, default=5, help="processes a network")
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: for a machine with other work to do"
     )
-    parser.add_argument(
-        "--limit", type=float, default=900, help="seconds all runs of one network may take"
-    )
+    parser.add_argument("--limit", type=float, default=900, help="seconds one process may take")
     parser.add_argument("--no-growth", action="store_true", help="leave the growing networks out")
     for hidden in ("--one", "--tool", "--memory"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
+    parser.add_argument("--turn", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--size", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options)))
         return 0
     names = [name for name in MODELS if common.matches(name, options.only)]
-    results = compared(names, options.repeats, options.limit, options.clock)
-    growth = {}
-    if not options.no_growth:
-        growth = grown(min(options.repeats, 3), options.limit, options.clock)
+    results = compared(names, options)
+    growth = {} if options.no_growth else grown(options)
     return publish(results, growth, options)
 
 

@@ -26,9 +26,10 @@ from .explain import call_text, members_text, ranges, target_text
 from .flow import Flow
 from .groups import Constraint, Group, Groups
 from .ids import Layer, Slot, Value
+from .meta import OnMeta
 from .plans import Kept, Plan
 from .pruned import PrunedModule
-from .trace import OnMeta, describe
+from .trace import describe
 from .watch import Watch
 
 _WIDTH = 120

@@ -744,6 +744,8 @@ def _plain(value: Any) -> Any:
 
 
 def _has_tensors(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return True
     return any(isinstance(v, Tensor) for v in pytree.tree_leaves(value))
 
 

@@ -6,8 +6,8 @@ whose slices lie in the same dims of the same parameters form a *group*.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -144,47 +144,68 @@ def _frozen(flow: Flow, label: np.ndarray, extra: list[Freeze]) -> dict[int, Fre
 
 def _freeze_unmade(label: np.ndarray, slots: list[Slot], reasons: dict[int, Freeze]) -> None:
     """Channels that no parameter makes stay, and those of tables that no layer reads."""
+    if not slots:
+        return
+    classes, which = _laid_out(slots, label)
+    makes = np.array([slot.role in ("out", "free") for slot in slots])
+    reads = np.array([slot.role != "free" for slot in slots])
     made = np.zeros(label.max() + 1, bool)
-    used = made.copy()
-    owner = np.full(len(made), -1)  # the one slot that holds a class so far
-    for k, slot in enumerate(slots):
-        classes = label[slot.ids.reshape(-1).numpy()]
-        made[classes] |= slot.role in ("out", "free")
-        used[classes] |= (slot.role != "free") | ((owner[classes] >= 0) & (owner[classes] != k))
-        owner[classes] = k
+    made[classes[makes[which]]] = True
+    first, last = np.zeros(len(made), int), np.zeros(len(made), int)
+    first[classes[::-1]], last[classes] = which[::-1], which
+    used = first != last  # two tables that share channels read each other
+    used[classes[reads[which]]] = True
     for fine, why in ((made, "is made by no parameter"), (used, "is read by no layer")):
         known = fine.copy()
         known[list(reasons)] = True
-        for slot in slots:
-            classes = label[slot.ids.reshape(-1).numpy()]
-            freeze = Freeze(slot.node, slot.ids, why)
-            for each in classes[~known[classes]].tolist():
-                reasons.setdefault(each, freeze)
+        freezes: dict[int, Freeze] = {}
+        for at in np.flatnonzero(~known[classes]).tolist():
+            slot = slots[which[at]]
+            freeze = freezes.setdefault(int(which[at]), Freeze(slot.node, slot.ids, why))
+            reasons.setdefault(int(classes[at]), freeze)
+
+
+def _laid_out(slots: list[Slot], label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The class of each element of all slots in a row, and the number of its slot."""
+    arrays = [slot.ids.reshape(-1).numpy() for slot in slots]
+    which = np.repeat(np.arange(len(slots)), [len(a) for a in arrays])
+    return label[np.concatenate(arrays)], which
 
 
 def _grouped(slots: list[Slot], label: np.ndarray, reasons: dict[int, Freeze]) -> list[Group]:
     if not slots:
         return []
-    classes = np.concatenate([label[slot.ids.reshape(-1).numpy()] for slot in slots])
-    sizes = [slot.ids.numel() for slot in slots]
-    which = np.repeat(np.arange(len(slots)), sizes)
-    where = np.concatenate([np.arange(n) for n in sizes])
-    order = np.lexsort((where, which, classes))
+    classes, which = _laid_out(slots, label)
+    ends = np.cumsum([slot.ids.numel() for slot in slots])
+    where = np.arange(len(classes)) - np.concatenate([[0], ends[:-1]])[which]
+    order = np.argsort(classes.astype(np.int32), kind="stable")  # slots are in order already
     classes, which, where = classes[order], which[order], where[order]
-    signature = _signatures(classes, which, label.max() + 1)
-    first = np.full(label.max() + 1, -1)
-    first[classes[::-1]] = np.arange(len(classes))[::-1]
-    members: dict[tuple, list[int]] = defaultdict(list)
-    present = np.unique(classes)
-    present = present[np.lexsort((where[first[present]], which[first[present]]))]
-    for each in present.tolist():
-        why = reasons.get(each)
-        members[int(signature[each]), id(why) if why else 0].append(each)
-    ends = np.append(np.flatnonzero(np.diff(classes)) + 1, len(classes))
-    starts = np.insert(ends[:-1], 0, 0)
-    spans = np.zeros((label.max() + 1, 2), np.int64)
-    spans[classes[starts]] = np.stack([starts, ends], 1)
-    return [_group(np.array(m), spans, which, where, slots, reasons) for m in members.values()]
+    starts = np.flatnonzero(np.concatenate([[True], classes[1:] != classes[:-1]]))
+    stops = np.append(starts[1:], len(classes))
+    present = np.argsort(order[starts], kind="stable")  # channels as they first appear
+    spans, names = np.stack([starts, stops], 1)[present], classes[starts][present]
+    signature = _signatures(classes, which, label.max() + 1)[names]
+    return [
+        _group(names[at], spans[at], which, where, slots, reasons)
+        for at in _equal(signature ^ _reason_numbers(names, reasons))
+    ]
+
+
+def _reason_numbers(names: np.ndarray, reasons: dict[int, Freeze]) -> np.ndarray:
+    """A number for each class that is the same where the reason is the same object."""
+    found = np.zeros(int(names.max()) + 1, np.int64)
+    known: dict[int, int] = {}
+    for each, why in reasons.items():
+        if each < len(found):
+            found[each] = known.setdefault(id(why), len(known) + 1)
+    return found[names]
+
+
+def _equal(keys: np.ndarray) -> list[np.ndarray]:
+    """The places of equal keys, in the order of their first."""
+    order = np.argsort(keys, kind="stable")
+    cuts = np.flatnonzero(keys[order][1:] != keys[order][:-1]) + 1
+    return sorted(np.split(order, cuts), key=lambda places: places[0])
 
 
 def _signatures(classes: np.ndarray, which: np.ndarray, count: int) -> np.ndarray:
@@ -204,16 +225,14 @@ def _group(
     slots: list[Slot],
     reasons: dict[int, Freeze],
 ) -> Group:
-    begin, end = spans[channels[0]]
-    index = spans[channels, :1] + np.arange(end - begin)
-    members = []
-    columns = which[index[0]]
-    for s in dict.fromkeys(columns.tolist()):
-        slot = slots[s]
+    index = spans[:, :1] + np.arange(spans[0, 1] - spans[0, 0])
+    positions, members, at = where[index], [], 0
+    for number, run in groupby(which[index[0]].tolist()):
+        slot, count = slots[number], len(list(run))
         blocks = slot.ids.shape[0] if slot.ids.ndim == 2 else 1
-        members.append(
-            Member(slot.param, slot.dim, slot.role, where[index[:, columns == s]], blocks)
-        )
+        taken = positions[:, at : at + count]
+        members.append(Member(slot.param, slot.dim, slot.role, taken, blocks))
+        at += count
     maker = next((m for m in members if m.role in ("out", "free")), members[0])
     name = maker.param.rsplit(".", 1)[0] if maker.param.endswith(".weight") else maker.param
     return Group(name, channels, tuple(members), reasons.get(int(channels[0])))

@@ -58,20 +58,17 @@ class _Call:
     values: list[Value | None]
     learned: set[str]
 
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        return self.binding.sizes
+    def __post_init__(self) -> None:
+        self.sizes = self.binding.sizes
+        self._real = [self._letters(dims or ()) for dims in self.binding.inputs]
+        self.out = self._letters(self.binding.output)
+
+    def _letters(self, dims: Dims) -> set[str]:
+        return {letter for names in dims for letter in names if self.sizes[letter] > 1}
 
     def real(self, i: int) -> set[str]:
         """Letters of operand `i` with more than one element there."""
-        dims = self.binding.inputs[i] or ()
-        return {letter for names in dims for letter in names if self.sizes[letter] > 1}
-
-    @property
-    def out(self) -> set[str]:
-        return {
-            letter for names in self.binding.output for letter in names if self.sizes[letter] > 1
-        }
+        return self._real[i]
 
     def is_raw(self, i: int) -> bool:
         value = self.values[i]

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from .errors import RuleError
 
@@ -63,6 +63,13 @@ class Pattern:
     inputs: tuple[Operand, ...]
     output: Operand
     equal: tuple[str, ...] = ()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.inputs, self.output, self.equal))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.inputs)) + " -> " + str(self.output)

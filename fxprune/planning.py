@@ -51,7 +51,7 @@ def _write_plan(
     shapes = shapes_of(analysis.tensors)
     kept = {param: found for param in analysis.flow.ids.slots if (found := widths.kept_of(param))}
     rows = [_group_plan(analysis, i, selection, scores.get(i)) for i in range(len(analysis.groups))]
-    return Plan(
+    return Plan.model_construct(
         fxprune=__version__,
         torch=torch.__version__,
         model=type(analysis.model).__name__,

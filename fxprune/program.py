@@ -7,9 +7,7 @@ are alike one number serves all; otherwise a small integer program (HiGHS) finds
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -38,31 +36,38 @@ def solve(
         counts = _program(sizes, least, table, fixed, limit)
     for atom, count in zip(atoms, counts, strict=True):
         order = np.lexsort((value[atom], must[atom]))
-        kept[np.array(atom)[order[: len(atom) - int(count)]]] = False
+        kept[atom[order[: len(atom) - int(count)]]] = False
     return kept
 
 
 def _atoms(channels: np.ndarray, constraints: Sequence[Constraint]):
     """Atoms as places in `channels`; for each constraint (rows x atoms) how often an atom's channel
     stands in a row, and how many elements of a row are not up for choice."""
-    place = {c: k for k, c in enumerate(channels.tolist())}
-    stands: list[list[tuple[int, int]]] = [[] for _ in place]
-    fixed = [np.zeros(len(c.rows), np.int64) for c in constraints]
-    for i, constraint in enumerate(constraints):
-        for r, row in enumerate(constraint.rows.tolist()):
-            for c in row:
-                if c in place:
-                    stands[place[c]].append((i, r))
-                else:
-                    fixed[i][r] += 1
-    found: dict[Any, list[int]] = defaultdict(list)
-    for k, pairs in enumerate(stands):
-        found[tuple(pairs)].append(k)
-    table = [np.zeros((len(c.rows), len(found)), np.int64) for c in constraints]
-    for a, pairs in enumerate(found):
-        for i, r in pairs:
-            table[i][r, a] += 1
-    return list(found.values()), table, fixed
+    place = np.full(max(channels.max(), *(c.rows.max() for c in constraints)) + 1, -1)
+    place[channels] = np.arange(len(channels))
+    places = [place[c.rows] for c in constraints]
+    order, ends, owner = _alike(len(channels), places)
+    atoms, table = np.split(order, ends[:-1]), []
+    for at in places:
+        pairs = (owner[at] + len(atoms) * np.arange(len(at))[:, None])[at >= 0]
+        counts = np.bincount(pairs, minlength=len(at) * len(atoms)).reshape(len(at), -1)
+        table.append(counts // [len(atom) for atom in atoms])
+    return atoms, table, [(at < 0).sum(1) for at in places]
+
+
+def _alike(count: int, places: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Channels that stand equally often in each row, side by side; where each run of them ends;
+    the number of each channel's run."""
+    marks, key = np.random.default_rng(0), np.zeros(count, np.int64)
+    with np.errstate(over="ignore"):
+        for at in places:
+            row = marks.integers(1, 2**62, (len(at), 1), dtype=np.int64)
+            np.add.at(key, at[at >= 0], np.broadcast_to(row, at.shape)[at >= 0])
+    _, first, run = np.unique(key, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))  # runs in the order of their first channels
+    owner = rank[run]
+    return np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner)), owner
 
 
 def _uniform(sizes, least, table, fixed, limit: int) -> np.ndarray | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -55,6 +54,8 @@ class _Writer:
         self.tensors: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.modules = dict(self.old.named_modules())
+        self.indices: dict[int, Tensor] = {}
+        self.sources = dict(model.named_modules(remove_duplicate=False))
         self.aliases: dict[str, str] = self.old.meta.get("fxprune_aliases", {})
         self.dropped = self._replaced_by_gathers()
 
@@ -371,8 +372,9 @@ class _Writer:
 
     def submodule(self, target: str, attrs: dict[str, Any]) -> nn.Module:
         """A copy of a leaf module with narrow parameters and corrected attributes."""
-        old = self.model.get_submodule(target)
-        new = copy.copy(old)
+        old = self.sources[target]
+        new = object.__new__(type(old))
+        new.__dict__.update(old.__dict__)
         for table in ("_parameters", "_buffers"):
             new.__dict__[table] = {
                 name: None if t is None else self.tensor(self._name(f"{target}.{name}"), t)
@@ -385,7 +387,8 @@ class _Writer:
             "_forward_pre_hooks",
             "_non_persistent_buffers_set",
         ):
-            new.__dict__[name] = copy.copy(getattr(old, name))
+            table = old.__dict__[name]
+            new.__dict__[name] = type(table)(table)
         if isinstance(old, nn.RNNBase):  # lists its weights a second time
             own = new._parameters
             new.__dict__["_flat_weights"] = [own.get(n) for n in old._flat_weights_names]
@@ -400,7 +403,7 @@ class _Writer:
     def tensor(self, name: str, old: Tensor) -> Tensor:
         """The kept slices of a parameter or buffer; tied tensors stay tied."""
         if id(old) not in self.tensors:
-            new = gather(old.detach(), self.kept.get(name, {}))
+            new = gather(old.detach(), self.kept.get(name, {}), self.indices)
             if new.data_ptr() == old.data_ptr() or new is old:
                 new = new.clone()
             if (
@@ -431,8 +434,11 @@ class _Writer:
 
     def _mark_buffers(self, module: PrunedModule) -> None:
         hidden = set(self.constants) | {n for n in self.root if n.startswith("_tensor_constant")}
-        for prefix, owner in self.model.named_modules():
-            hidden |= {f"{prefix}.{n}".lstrip(".") for n in owner._non_persistent_buffers_set}
+        for prefix, owner in self.sources.items():
+            if owner._non_persistent_buffers_set:
+                hidden |= {f"{prefix}.{n}".lstrip(".") for n in owner._non_persistent_buffers_set}
+        if not hidden:
+            return
         for name in hidden & {n for n, _ in module.named_buffers(remove_duplicate=False)}:
             owner, _, field = name.rpartition(".")
             module.get_submodule(owner)._non_persistent_buffers_set.add(field)

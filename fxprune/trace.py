@@ -17,7 +17,7 @@ import operator
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from . import sizes
+from . import shapes, sizes
 from .errors import FxpruneError, InputError, TraceError
-from .pattern import bind
+from .meta import evaluate, tensors_in, to_meta
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
 
@@ -62,12 +62,28 @@ def trace(
     with tracer.patched(), torch.no_grad():
         output = tracer.run(args, kwargs or {})
     tracer.finish(output)
-    graph_module = fx.GraphModule(
+    graph_module = _Unwritten(
         _Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__
     )
     graph_module.meta["fxprune_aliases"] = tracer.aliases
     graph_module.meta["fxprune_baked"] = list(dict.fromkeys(tracer.baked))
     return graph_module
+
+
+class _Unwritten(fx.GraphModule):
+    """A graph module whose Python code is written when it is first called or asked for."""
+
+    def recompile(self) -> Any:
+        def forward(module: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+            fx.GraphModule.recompile(module)
+            return type(module).forward(module, *args, **kwargs)
+
+        type(self).forward = forward
+
+    @property
+    def code(self) -> str:
+        fx.GraphModule.recompile(self)
+        return self._code
 
 
 class _Lookup(nn.Module):
@@ -105,7 +121,7 @@ class _Tracer(TorchFunctionMode):
         self.original = model
         self.model = skeleton(model)
         self.inside = 0  # how many leaf modules we are in
-        self.leaf = ""  # the leaf module being run, for errors
+        self.leaf: tuple = ()  # the leaf module being run, and its arguments, for errors
         self.nodes: dict[int, fx.Node] = {}  # id(tensor) -> node
         self.kept: list[Any] = []  # keeps ids from being used again
         self.exprs: dict[Any, fx.Node] = {}
@@ -189,7 +205,7 @@ class _Tracer(TorchFunctionMode):
         ]
         where = user[-1] if user else frames[-1]
         line = (where.code_context or [""])[0].strip()
-        details = [("in", self.leaf)]
+        details = [("in", self.called())]
         if user or not self.leaf:
             details.append(("at", f"{where.filename}:{where.lineno}, in {where.function}: {line}"))
         last = next(iter(reversed(self.graph.nodes)), None)
@@ -214,6 +230,14 @@ class _Tracer(TorchFunctionMode):
             details=details,
             hint="check that the model runs on such inputs; pass others with example_inputs=",
         )
+
+    def called(self) -> str:
+        """``Conv2d `stem` on 2x3x8x8``: the leaf module being run."""
+        if not self.leaf:
+            return ""
+        module, *arguments = self.leaf
+        operands = ", ".join("x".join(map(str, t.shape)) for t in tensors_in(arguments))
+        return f"{type(module).__name__} `{self.module_names[id(module)]}` on {operands}"
 
     def placeholder(self, name: str, value: Any) -> Any:
         if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
@@ -288,7 +312,7 @@ class _Tracer(TorchFunctionMode):
         return found
 
     def record(self, func, name: str, args, kwargs, value: Any = NotImplemented):
-        versions = {id(t): t._version for t in _tensors((args, kwargs))}
+        versions = {id(t): t._version for t in tensors_in((args, kwargs))}
         if value is NotImplemented:
             value = self.evaluate(func, args, kwargs)
         mutates = func is operator.setitem or name == "__setitem__"
@@ -333,20 +357,19 @@ class _Tracer(TorchFunctionMode):
     def call_module(self, call: Callable, module: nn.Module, args, kwargs):
         if self.inside or not self.is_leaf(module):
             return call(module, *args, **kwargs)
-        versions = {id(t): t._version for t in _tensors((args, kwargs))}
+        versions = {id(t): t._version for t in tensors_in((args, kwargs))}
         name = self.module_names[id(module)]
         node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
-        shapes = ", ".join("x".join(map(str, t.shape)) for t in _tensors((args, kwargs)))
-        self.leaf = f"{type(module).__name__} `{name}` on {shapes}"
+        self.leaf = (module, args, kwargs)
         with torch._C.DisableTorchFunction():
-            value = unchanged_shape(self.rules, module, args, kwargs)
+            value = shapes.of_module(self.rules, module, args, kwargs)
         if value is None:
             self.inside += 1
             try:
                 value = call(module, *args, **kwargs)
             finally:
                 self.inside -= 1
-        self.leaf = ""
+        self.leaf = ()
         node = self.create("call_module", name, node_args, node_kwargs)
         return self.opened(node, self.own(value, args, versions))
 
@@ -438,7 +461,8 @@ class _Tracer(TorchFunctionMode):
     # -- evaluating ------------------------------------------------------------------------------
 
     def evaluate(self, func, args, kwargs):
-        return evaluate(func, args, kwargs, self.standin)
+        found = shapes.of_call(self.rules, func, args, kwargs)
+        return evaluate(func, args, kwargs, self.standin) if found is None else found
 
     def standin(self, tensor: torch.Tensor, meta: bool, changed: bool) -> torch.Tensor:
         """What is computed with in place of a tensor of the model, which must not be touched."""
@@ -501,10 +525,6 @@ def _is_decomposition(file: str) -> bool:
     return file.startswith(_DECOMPOSITIONS)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
 def _body_of(func: types.FunctionType) -> Callable | None:
     """A functional's body without its dispatch to modes, so that the calls inside are seen."""
     if func.__module__ != "torch.nn.functional":
@@ -525,110 +545,6 @@ def _body_of(func: types.FunctionType) -> Callable | None:
 
 def _never(*_args) -> bool:
     return False
-
-
-def unchanged_shape(
-    rules: Rules, module: nn.Module, args: tuple, kwargs: Mapping[str, Any]
-) -> torch.Tensor | None:
-    """The output of a module whose rule says that it has its one input's shape; None for others.
-
-    Saves running norms on the meta device, where torch decomposes them step by step. Parameters
-    that do not fit the input raise, as they would in a run.
-    """
-    use = rules.of_module(type(module))
-    if (
-        use is None
-        or len(args) != 1
-        or kwargs
-        or not isinstance(args[0], torch.Tensor)
-        or not args[0].is_meta
-    ):
-        return None
-    rule, x = use.rule, args[0]
-    if rule.kind == "pointwise" and not module._parameters and x.is_floating_point():
-        return _meta_like(x)
-    if rule.kind != "dims" or rule.pattern.output != rule.pattern.inputs[0]:
-        return None
-    names = rule.operands[1:]
-    if any(ranks not in dir(module) for ranks in rule.ranks.values()):
-        return None
-    shapes = [
-        x.shape,
-        *(None if (t := getattr(module, name, None)) is None else t.shape for name in names),
-    ]
-    ranks = {letter: len(getattr(module, key)) for letter, key in rule.ranks.items()}
-    sizes = {
-        text: getattr(module, key)
-        for key, text in rule.sizes.items()
-        if len(text.split()) == 1 and "*" not in text
-    }
-    bind(rule.pattern, shapes, tuple(x.shape), sizes=sizes, ranks=ranks)
-    return _meta_like(x)
-
-
-def _meta_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-
-
-def to_meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:
-    """The tensor without its data; `known` remembers what was converted."""
-    if tensor.is_meta:
-        return tensor
-    found = known.get(id(tensor))
-    if found is None:
-        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        known[id(tensor)] = found = (meta, tensor)
-    return found[0]
-
-
-def evaluate(func, args, kwargs, standin: Callable[[torch.Tensor, bool, bool], torch.Tensor]):
-    """Call `func` on meta tensors if any operand is one, else on the real constants."""
-    tensors = _tensors((args, kwargs))
-    meta = any(t.is_meta for t in tensors)
-    name = getattr(func, "__name__", "")
-    changed = (not meta and name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
-    device = torch.device("meta" if meta else "cpu")
-    if meta and name in ("__getitem__", "getitem"):
-        args = (args[0], _without_masks(args[1]))
-
-    def convert(value):
-        if isinstance(value, torch.Tensor):
-            return standin(value, meta, changed and value is tensors[0])
-        if isinstance(value, Traced):
-            return plain(value)
-        if isinstance(value, torch.device) or (
-            meta and isinstance(value, str) and value.split(":")[0] in _DEVICES
-        ):
-            return device
-        if isinstance(value, slice):
-            return slice(convert(value.start), convert(value.stop), convert(value.step))
-        if isinstance(value, tuple):
-            made = [convert(v) for v in value]
-            return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
-        if isinstance(value, list):
-            return [convert(v) for v in value]
-        return {key: convert(v) for key, v in value.items()} if isinstance(value, dict) else value
-
-    if meta and name in ("cuda", "cpu", "numpy"):
-        return convert(args[0]).detach()
-    return func(*convert(tuple(args)), **convert(dict(kwargs)))
-
-
-_DEVICES = ("cpu", "cuda", "mps", "meta", "xpu")
-
-
-def _without_masks(index: Any) -> Any:
-    """A constant boolean mask picks known positions, which also work on meta tensors."""
-    parts = index if isinstance(index, tuple) else (index,)
-    if not any(
-        isinstance(p, torch.Tensor) and p.dtype == torch.bool and not p.is_meta for p in parts
-    ):
-        return index
-    made: list[Any] = []
-    for part in parts:
-        masks = isinstance(part, torch.Tensor) and part.dtype == torch.bool and not part.is_meta
-        made += part.nonzero(as_tuple=True) if masks else [part]
-    return tuple(made)
 
 
 def sweep(graph: fx.Graph) -> None:
@@ -673,19 +589,3 @@ def describe(source: Source | None) -> str:
     file, line, function = source
     code = linecache.getline(file, line).strip()
     return f"{Path(file).name}:{line}, in {function}" + (f": {code}" if code else "")
-
-
-class OnMeta(TorchFunctionMode):
-    """Computes shapes: real tensors that meet meta ones are taken as meta."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.known: dict[int, Any] = {}
-
-    def __torch_function__(self, func, _types, args=(), kwargs=None):
-        return evaluate(func, args, kwargs or {}, self._standin)
-
-    def _standin(self, tensor: torch.Tensor, meta: bool, changed: bool) -> torch.Tensor:
-        if meta:
-            return to_meta(tensor, self.known)
-        return tensor.clone() if changed else tensor

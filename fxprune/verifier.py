@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from . import shapes
 from .errors import VerificationError
 from .flow import Flow
 from .inputs import Inputs, random_like
+from .meta import OnMeta
 from .plans import Kept
 from .reference import Cast, Masked, jitters
 from .rules import current
-from .trace import OnMeta, skeleton, unchanged_shape
+from .trace import skeleton
 from .widths import Widths
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -62,7 +65,7 @@ def verify_shapes(flow: Flow, pruned: fx.GraphModule, inputs: Inputs) -> None:
         if n.op == "placeholder"
     ]
     runner = _Shapes(pruned)
-    with OnMeta(), torch.no_grad():
+    with OnMeta(partial(shapes.of_call, current())), torch.no_grad():
         found = runner.run(*args)
     old = next(n.meta["val"] for n in flow.graph.graph.nodes if n.op == "output")
     for expected, got in zip(_tensors(old), _tensors(found), strict=True):
@@ -94,7 +97,7 @@ class _Shapes(fx.Interpreter):
     def call_module(self, target, args, kwargs):
         module = self.submodules[target]
         with torch._C.DisableTorchFunction():
-            found = unchanged_shape(self.rules, module, args, kwargs)
+            found = shapes.of_module(self.rules, module, args, kwargs)
         return module(*args, **kwargs) if found is None else found
 
 

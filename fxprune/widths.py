@@ -27,6 +27,7 @@ class Widths:
     def __init__(self, flow: Flow, kept: Tensor):
         self.flow, self.kept = flow, kept
         self._shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self._kept_rows: dict[Any, Kept | None] = {}
 
     def value(self, node: fx.Node) -> Any:
         return self.flow.values.get(node)
@@ -104,11 +105,23 @@ class Widths:
 
     def kept_of(self, name: str) -> dict[int, Kept]:
         """The kept indices of each narrower dim of a parameter, as a plan holds them."""
+        slots = self.flow.ids.slots.get(name, ())
+        if len({slot.dim for slot in slots}) == len(slots):
+            found = {slot.dim: self._rows_of(slot.ids) for slot in slots}
+            return {dim: rows for dim, rows in found.items() if rows is not None}
         masks: dict[int, Tensor] = {}
-        for slot in self.flow.ids.slots.get(name, ()):
+        for slot in slots:
             mask = self.kept[slot.ids]
             masks[slot.dim] = masks[slot.dim] & mask if slot.dim in masks else mask
         return {dim: _indices(mask) for dim, mask in masks.items() if not mask.all()}
+
+    def _rows_of(self, ids: Tensor) -> Kept | None:
+        """Kept indices of one slot; None if all stay. Equal views give the same list."""
+        key = (ids.data_ptr(), ids.shape, ids.stride())
+        if key not in self._kept_rows:
+            mask = self.kept[ids]
+            self._kept_rows[key] = None if mask.all() else _indices(mask)
+        return self._kept_rows[key]
 
 
 def _indices(mask: Tensor) -> Kept:
@@ -136,28 +149,25 @@ def _slot_layer(slot: Slot, shape: tuple[int, ...]) -> Layer:
     return Layer(ids.reshape(dims))
 
 
-def gather(tensor: Tensor, kept: dict[int, Kept]) -> Tensor:
+def gather(tensor: Tensor, kept: dict[int, Kept], known: dict[int, Tensor] | None = None) -> Tensor:
     """The kept slices of a parameter, in one copy.
 
     Blocks of dim 0 with indices of their own (lists of lists) are taken block by block.
+    `known` remembers the tensors of index lists that are used again.
     """
-    blocks = next((rows for rows in kept.values() if rows and isinstance(rows[0], list)), None)
-    if blocks is None:
-        for dim, rows in kept.items():
-            tensor = tensor.index_select(
-                dim, torch.tensor(rows, dtype=torch.long, device=tensor.device)
-            )
-        return tensor
-    own = {dim: rows for dim, rows in kept.items() if rows and isinstance(rows[0], list)}
-    shared = {dim: rows for dim, rows in kept.items() if dim not in own and dim != 0}
-    first = kept.get(0, list(range(tensor.shape[0])))
-    size = len(first) // len(blocks)
-    parts = []
-    for b in range(len(blocks)):
-        part = {
-            0: first[b * size : (b + 1) * size],
-            **shared,
-            **{dim: rows[b] for dim, rows in own.items()},
-        }
-        parts.append(gather(tensor, part))
-    return torch.cat(parts)
+    known = {} if known is None else known
+    for dim, rows in sorted(kept.items()):
+        index = known.get(id(rows))
+        if index is None:
+            index = known[id(rows)] = torch.tensor(rows, dtype=torch.long, device=tensor.device)
+        tensor = (
+            _by_block(tensor, dim, index) if index.ndim == 2 else tensor.index_select(dim, index)
+        )
+    return tensor
+
+
+def _by_block(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Each of equal blocks of dim 0 with its own indices along `dim`."""
+    blocks = tensor.unflatten(0, (len(index), -1)).movedim(dim + 1, 1)
+    taken = blocks[torch.arange(len(index), device=index.device)[:, None], index]
+    return taken.movedim(1, dim + 1).flatten(0, 1).contiguous()

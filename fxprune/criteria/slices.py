@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,7 +66,7 @@ class Slices:
         if (
             positions.shape[1] == 1
             and len(positions) == len(whole)
-            and (positions[:, 0] == range(len(whole))).all()
+            and (positions[:, 0] == np.arange(len(whole))).all()
         ):
             return whole
         return whole[torch.from_numpy(positions.reshape(-1))].reshape(len(positions), -1)

@@ -1,0 +1,116 @@
+"""Calls on meta tensors, which have shapes and no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from .sizes import Traced, plain
+
+Standin = Callable[[torch.Tensor, bool, bool], torch.Tensor]
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors of an argument, in order."""
+    found: list[torch.Tensor] = []
+    _collect(value, found)
+    return found
+
+
+def _collect(value: Any, found: list[torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            _collect(each, found)
+    elif isinstance(value, dict):
+        for each in value.values():
+            _collect(each, found)
+
+
+def to_meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:
+    """The tensor without its data; `known` remembers what was converted."""
+    if tensor.is_meta:
+        return tensor
+    found = known.get(id(tensor))
+    if found is None:
+        meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        known[id(tensor)] = found = (meta, tensor)
+    return found[0]
+
+
+def evaluate(func, args, kwargs, standin: Standin, *, real: bool = False):
+    """Call `func` on meta tensors if any operand is one, else on the real constants.
+
+    `standin` gives what takes a tensor's place; `real` says that it gives none on the meta device.
+    """
+    tensors = tensors_in((args, kwargs))
+    meta = not real and any(t.is_meta for t in tensors)
+    name = getattr(func, "__name__", "")
+    changed = (not meta and name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    device = torch.device("meta" if meta else "cpu")
+    if meta and name in ("__getitem__", "getitem"):
+        args = (args[0], _without_masks(args[1]))
+
+    def convert(value):
+        if isinstance(value, torch.Tensor):
+            return standin(value, meta, changed and value is tensors[0])
+        if isinstance(value, Traced):
+            return plain(value)
+        if isinstance(value, torch.device) or (
+            meta and isinstance(value, str) and value.split(":")[0] in _DEVICES
+        ):
+            return device
+        if isinstance(value, slice):
+            return slice(convert(value.start), convert(value.stop), convert(value.step))
+        if isinstance(value, tuple):
+            made = [convert(v) for v in value]
+            return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
+        if isinstance(value, list):
+            return [convert(v) for v in value]
+        return {key: convert(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    if meta and name in ("cuda", "cpu", "numpy"):
+        return convert(args[0]).detach()
+    return func(*convert(tuple(args)), **convert(dict(kwargs)))
+
+
+_DEVICES = ("cpu", "cuda", "mps", "meta", "xpu")
+
+
+def _without_masks(index: Any) -> Any:
+    """A constant boolean mask picks known positions, which also work on meta tensors."""
+    parts = index if isinstance(index, tuple) else (index,)
+    if not any(
+        isinstance(p, torch.Tensor) and p.dtype == torch.bool and not p.is_meta for p in parts
+    ):
+        return index
+    made: list[Any] = []
+    for part in parts:
+        masks = isinstance(part, torch.Tensor) and part.dtype == torch.bool and not part.is_meta
+        made += part.nonzero(as_tuple=True) if masks else [part]
+    return tuple(made)
+
+
+class OnMeta(TorchFunctionMode):
+    """Computes shapes: real tensors that meet meta ones are taken as meta.
+
+    `shortcut` may tell a result before it is computed.
+    """
+
+    def __init__(self, shortcut: Callable[[Callable, tuple, dict], Any] = lambda *call: None):
+        super().__init__()
+        self.known: dict[int, Any] = {}
+        self.shortcut = shortcut
+
+    def __torch_function__(self, func, _types, args=(), kwargs=None):
+        found = self.shortcut(func, args, kwargs or {})
+        return evaluate(func, args, kwargs or {}, self._standin) if found is None else found
+
+    def _standin(self, tensor: torch.Tensor, meta: bool, changed: bool) -> torch.Tensor:
+        if meta:
+            return to_meta(tensor, self.known)
+        return tensor.clone() if changed else tensor
