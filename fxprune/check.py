@@ -21,8 +21,19 @@ _WRAPPERS = {
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by name; a tied tensor under its first name."""
-    found: dict[str, Tensor] = dict(model.named_parameters())
-    found.update((name, b) for name, b in model.named_buffers() if b is not None)
+    return named_tensors(dict(model.named_modules()))
+
+
+def named_tensors(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The same from named modules, without a walk through the tree: parameters, then buffers."""
+    found: dict[str, Tensor] = {}
+    for table in ("_parameters", "_buffers"):
+        seen: set[int] = set()
+        for prefix, module in modules.items():
+            for name, tensor in getattr(module, table).items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    found[f"{prefix}.{name}" if prefix else name] = tensor
     return found
 
 
@@ -44,7 +55,8 @@ def check_model(model: Any) -> None:
             "the model is TorchScript, which has no Python forward to trace",
             hint="prune the eager model",
         )
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
         _check_module(name, module)
     for name, _ in model.named_children():
         taken = name == "meta" or (not name.isdigit() and hasattr(fx.GraphModule, name))
@@ -53,7 +65,7 @@ def check_model(model: Any) -> None:
                 f"child `{name}` has a name that a module written by torch.fx cannot have",
                 hint="rename it; it is a Python keyword or an attribute of fx.GraphModule",
             )
-    devices = {str(t.device): name for name, t in tensors_of(model).items()}
+    devices = {str(t.device): name for name, t in named_tensors(modules).items()}
     if len(devices) > 1:
         raise ModelError(
             f"the model is on several devices: {', '.join(sorted(devices))}",

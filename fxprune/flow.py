@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from . import einsum, letters, movement
 from .errors import RuleError
@@ -18,6 +17,7 @@ from .letters import DimsUse
 from .pattern import bind
 from .rules import Rules, Use
 from .shuffle import Gather, find_gather, in_order
+from .trees import has_tensors, leaves, mapped
 
 Mixing = Literal["norms", "all", "none"]
 
@@ -61,21 +61,20 @@ class _Run:
         self.result, self.rules, self.mixing = result, rules, mixing
         self.ids = result.ids
         self.modules: dict[str, nn.Module] = dict(result.graph.named_modules())
-        self.learned = {name for name, _ in result.graph.named_parameters()}
         self.aliases: dict[str, str] = result.graph.meta.get("fxprune_aliases", {})
 
     # -- one node --------------------------------------------------------------------------------
 
     def value(self, node: fx.Node) -> Any:
         if node.op == "placeholder":
-            return pytree.tree_map(_plain, node.meta["val"])
+            return mapped(_plain, node.meta["val"])
         if node.op == "get_attr":
             return self.param(node.target, node.meta["val"])
         if node.op == "output":
             return self.output(node)
         if node.op == "call_function" and isinstance(node.target, type):
             return self._container(node)
-        if not _has_tensors(node.meta["val"]) and node.target is not setitem:
+        if not has_tensors(node.meta["val"]) and node.target is not setitem:
             return None
         return self.call(node)
 
@@ -124,7 +123,7 @@ class _Run:
         for value in self.inputs(node):
             for layer in self.opened(value).layers:
                 self.ids.freeze(node, layer.ids, f"reaches {self.title(node)}, which {reason}")
-        return pytree.tree_map(_plain, node.meta["val"])
+        return mapped(_plain, node.meta["val"])
 
     def title(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -141,10 +140,7 @@ class _Run:
     def inputs(self, node: fx.Node) -> list[Value]:
         found: list[Value] = []
         for operand in node.all_input_nodes:
-            leaves = pytree.tree_leaves(
-                self.result.values.get(operand), is_leaf=lambda v: isinstance(v, Value)
-            )
-            found += [leaf for leaf in leaves if isinstance(leaf, Value)]
+            found += leaves(self.result.values.get(operand), Value)
         return found
 
     def of(self, arg: Any) -> Any:
@@ -233,7 +229,7 @@ class _Run:
         for value in self.inputs(node):
             for layer in self.opened(value).layers:
                 self.ids.freeze(node, layer.ids, f"is read as a whole by {self.title(node)}")
-        return pytree.tree_map(_plain, node.meta["val"])
+        return mapped(_plain, node.meta["val"])
 
     def do_fill(self, node: fx.Node, use: Use) -> Value:
         shape = tuple(node.meta["val"].shape)
@@ -255,10 +251,9 @@ class _Run:
     def _freeze_unnamed(self, node: fx.Node, rest: dict[str, Any]) -> None:
         """Channels in an argument the rule says nothing about stay."""
         for name, arg in rest.items():
-            for leaf in pytree.tree_leaves(self.of(arg), is_leaf=lambda v: isinstance(v, Value)):
-                if isinstance(leaf, Value):
-                    for layer in self.opened(leaf).layers:
-                        self.ids.freeze(node, layer.ids, f"is `{name}` of {self.title(node)}")
+            for leaf in leaves(self.of(arg), Value):
+                for layer in self.opened(leaf).layers:
+                    self.ids.freeze(node, layer.ids, f"is `{name}` of {self.title(node)}")
 
     def do_einsum(self, node: fx.Node, use: Use) -> Any:
         bound = use.bound(node.args, node.kwargs)
@@ -279,7 +274,7 @@ class _Run:
     def run_letters(
         self, node: fx.Node, use: Use, pattern, values: list[Value | None], bound: dict[str, Any]
     ) -> Any:
-        outputs = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+        outputs = leaves(node.meta["val"], Tensor)
         sizes = {
             text: self.concrete(bound[key])
             for key, text in use.rule.sizes.items()
@@ -295,15 +290,13 @@ class _Run:
         fixed = {**use.rule.fixed, **sizes}
         binding = bind(pattern, shapes, tuple(outputs[0].shape), sizes=fixed, ranks=ranks)
         values = [self._if_raw(v) for v in values]
-        layers, done, mixed = letters.flow(self.ids, node, use.rule, binding, values, self.learned)
+        layers, done, mixed = letters.flow(self.ids, node, use.rule, binding, values)
         if mixed:
             self.mixes(node, [n.ids for n in mixed], "norms" if use.rule.norm else "all")
         self.result.uses[node] = done
         weight = all(v.weight for v in values if v is not None)
         return _first_zero(
-            pytree.tree_map(
-                lambda t: self._dims_output(t, outputs[0], layers, weight), node.meta["val"]
-            )
+            mapped(lambda t: self._dims_output(t, outputs[0], layers, weight), node.meta["val"])
         )
 
     def _if_raw(self, value: Value | None) -> Value | None:
@@ -338,15 +331,13 @@ class _Run:
             )
 
     def do_pointwise(self, node: fx.Node, use: Use) -> Any:
-        leaves = pytree.tree_leaves(node.meta["val"])
-        shape = tuple(leaves[0].shape)
+        shape = tuple(leaves(node.meta["val"], Tensor)[0].shape)
         layers, weight = self.meet(node, self.tensors(node), shape, use)
         value = self.made(shape, layers, weight)
-        return _first_zero(pytree.tree_map(lambda _: value, node.meta["val"]))
+        return _first_zero(mapped(lambda _: value, node.meta["val"]))
 
     def tensors(self, node: fx.Node) -> list[Value]:
-        flat = pytree.tree_leaves((node.args, node.kwargs))
-        found = [self.result.values.get(arg) for arg in flat if isinstance(arg, fx.Node)]
+        found = [self.result.values.get(arg) for arg in leaves((node.args, node.kwargs), fx.Node)]
         return [self.opened(v) for v in found if isinstance(v, Value)]
 
     def meet(
@@ -446,9 +437,7 @@ class _Run:
             r for layer in layers if (r := self._reduce(node, use, layer, dims, weight)) is not None
         ]
         return _first_zero(
-            pytree.tree_map(
-                lambda t: self._reduced_value(t, shape, layers, dims, weight), node.meta["val"]
-            )
+            mapped(lambda t: self._reduced_value(t, shape, layers, dims, weight), node.meta["val"])
         )
 
     def _reduced(self, dim: Any, rank: int) -> set[int]:
@@ -537,9 +526,7 @@ class _Run:
 
     def rerun(self, node: fx.Node, ids: Tensor, shape: Sequence[int]) -> list[Tensor] | None:
         """The ids a movement makes of `ids` on a value of `shape`."""
-        outputs = [
-            tuple(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)
-        ]
+        outputs = [tuple(v.shape) for v in leaves(node.meta["val"], Tensor)]
         if self.result.rules.get(node, self.use(node)).rule.kind == "reshape":  # type: ignore[union-attr]
             return [movement.reshape(ids, shape, outputs[0])]
         return movement.move(ids, shape, lambda x: self.execute(node, x), outputs)
@@ -556,12 +543,9 @@ class _Run:
         if node.args and not isinstance(self.result.values.get(node.args[0]), Value):
             return NotImplemented
         value = self.first(node)
-        if any(
-            isinstance(t, Tensor) and t.is_meta
-            for t in pytree.tree_leaves(self.concrete(node.args[1:]))
-        ):
+        if any(t.is_meta for t in leaves(self.concrete(node.args[1:]), Tensor)):
             return self.freeze_all(node, "picks elements by computed positions")
-        outputs = [v for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)]
+        outputs = leaves(node.meta["val"], Tensor)
         per_output: list[list[Layer]] = [[] for _ in outputs]
         for layer in value.layers:
             found = self.rerun(node, layer.ids, value.shape)
@@ -727,10 +711,7 @@ def _first_zero(values: Any) -> Any:
     """Of several outputs only the first is known to be zero where masked: others are indices."""
     if not isinstance(values, (tuple, list)):
         return values
-    rest = [
-        pytree.tree_map(_not_zero, v, is_leaf=lambda v: isinstance(v, Value)) for v in values[1:]
-    ]
-    return [*values[:1], *rest]
+    return [*values[:1], *(mapped(_not_zero, v) for v in values[1:])]
 
 
 def _not_zero(value: Any) -> Any:
@@ -741,12 +722,6 @@ def _not_zero(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     return Value(tuple(value.shape)) if isinstance(value, Tensor) else value
-
-
-def _has_tensors(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return True
-    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(value))
 
 
 def _broadcasts(small: Sequence[int], shape: Sequence[int]) -> bool:

@@ -56,7 +56,6 @@ class _Call:
     rule: Rule
     binding: Binding
     values: list[Value | None]
-    learned: set[str]
 
     def __post_init__(self) -> None:
         self.sizes = self.binding.sizes
@@ -81,14 +80,13 @@ def flow(
     rule: Rule,
     binding: Binding,
     values: list[Value | None],
-    learned: set[str],
 ) -> tuple[list[Layer], DimsUse, list[Named]]:
     """Run a dims rule: bind parameters, tie, and return the output's layers.
 
-    `learned` are the names of parameters (not buffers). The last item holds the layers that are
-    mixed by a normalisation, for the caller's policy to judge.
+    The last item holds the layers that are mixed by a normalisation, for the caller's policy to
+    judge.
     """
-    call = _Call(ids, node, rule, binding, values, learned)
+    call = _Call(ids, node, rule, binding, values)
     layers = {i: _named_layers(call, i) for i in range(len(call.values)) if not call.is_raw(i)}
     layers = {i: _without_windows(call, i, found) for i, found in layers.items()}
     layers = _blocks_as_wholes(call, layers)

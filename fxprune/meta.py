@@ -9,26 +9,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .sizes import Traced, plain
+from .trees import leaves
 
 Standin = Callable[[torch.Tensor, bool, bool], torch.Tensor]
-
-
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors of an argument, in order."""
-    found: list[torch.Tensor] = []
-    _collect(value, found)
-    return found
-
-
-def _collect(value: Any, found: list[torch.Tensor]) -> None:
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
-            _collect(each, found)
-    elif isinstance(value, dict):
-        for each in value.values():
-            _collect(each, found)
 
 
 def to_meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:
@@ -47,7 +30,7 @@ def evaluate(func, args, kwargs, standin: Standin, *, real: bool = False):
 
     `standin` gives what takes a tensor's place; `real` says that it gives none on the meta device.
     """
-    tensors = tensors_in((args, kwargs))
+    tensors = leaves((args, kwargs), torch.Tensor)
     meta = not real and any(t.is_meta for t in tensors)
     name = getattr(func, "__name__", "")
     changed = (not meta and name.endswith("_") and not name.endswith("__")) or name == "__setitem__"

@@ -189,42 +189,46 @@ def bind(
 
 @lru_cache(maxsize=4096)
 def _bind(pattern: Pattern, shapes, output, sizes, ranks) -> Binding:
-    for operand, shape in zip(pattern.inputs, shapes, strict=True):
-        if shape is None and not operand.optional:
-            raise RuleError(f"operand `{operand}` of `{pattern}` is missing")
-    pairs = [(o, s) for o, s in zip(pattern.inputs, shapes, strict=True) if s is not None]
-    pairs.append((pattern.output, output))
-    known = _star_ranks(pairs, dict(ranks or {}), pattern)
-    dims = [_dims(operand, shape, known) for operand, shape in pairs]
-    letters = _solve(
-        list(zip(dims, [s for _, s in pairs], strict=True)), dict(sizes or {}), pattern
-    )
+    counts = tuple(None if shape is None else len(shape) for shape in shapes)
+    dims = _laid(pattern, counts, len(output), ranks)
+    pairs = list(zip(dims, [s for s in (*shapes, output) if s is not None], strict=True))
+    letters = _solve(pairs, dict(sizes), pattern)
     laid = [
         tuple(
             () if size == 1 and _product(names, letters) > 1 else names
             for names, size in zip(d, s, strict=True)
         )
-        for d, (_, s) in zip(dims, pairs, strict=True)
+        for d, s in pairs
     ]
     found = iter(laid[:-1])
     return Binding(letters, tuple(None if s is None else next(found) for s in shapes), laid[-1])
 
 
+@lru_cache(maxsize=1024)
+def _laid(pattern: Pattern, counts, output: int, ranks) -> list[list[tuple[str, ...]]]:
+    """The letters of each dim of the operands that are there, and of the output."""
+    for operand, count in zip(pattern.inputs, counts, strict=True):
+        if count is None and not operand.optional:
+            raise RuleError(f"operand `{operand}` of `{pattern}` is missing")
+    pairs = [(o, n) for o, n in zip(pattern.inputs, counts, strict=True) if n is not None]
+    pairs.append((pattern.output, output))
+    known = _star_ranks(pairs, dict(ranks), pattern)
+    return [_dims(operand, count, known) for operand, count in pairs]
+
+
 def _star_ranks(pairs, ranks: dict[str, int], pattern: Pattern) -> dict[str, int]:
     for _ in range(len(pairs) + 1):
-        for operand, shape in pairs:
+        for operand, count in pairs:
             stars = [term.atoms[0].letter for term in operand.terms if term.star]
             unknown = [letter for letter in stars if letter not in ranks]
-            rest = (
-                len(shape) - (len(operand.terms) - len(stars)) - sum(ranks.get(s, 0) for s in stars)
-            )
+            rest = count - (len(operand.terms) - len(stars)) - sum(ranks.get(s, 0) for s in stars)
             if len(unknown) == 1 and rest >= 0:
                 ranks[unknown[0]] = rest
     # a star stands for the broadcast of its operands: the longest one gives its rank
-    for operand, shape in pairs:
+    for operand, count in pairs:
         stars = [term.atoms[0].letter for term in operand.terms if term.star]
         if len(stars) == 1:
-            ranks[stars[0]] = max(ranks.get(stars[0], 0), len(shape) - len(operand.terms) + 1)
+            ranks[stars[0]] = max(ranks.get(stars[0], 0), count - len(operand.terms) + 1)
         elif any(letter not in ranks for letter in stars):
             raise RuleError(f"`{pattern}`: the shapes do not say how many dims each star has")
     for first, other in zip(pattern.equal, pattern.equal[1:], strict=False):
@@ -234,11 +238,9 @@ def _star_ranks(pairs, ranks: dict[str, int], pattern: Pattern) -> dict[str, int
     return ranks
 
 
-def _dims(operand: Operand, shape: Shape, ranks: Mapping[str, int]) -> list[tuple[str, ...]]:
+def _dims(operand: Operand, count: int, ranks: Mapping[str, int]) -> list[tuple[str, ...]]:
     stars = [term for term in operand.terms if term.star]
-    missing = (
-        len(operand.terms) - len(stars) + sum(ranks[t.atoms[0].letter] for t in stars) - len(shape)
-    )
+    missing = len(operand.terms) - len(stars) + sum(ranks[t.atoms[0].letter] for t in stars) - count
     dims: list[tuple[str, ...]] = []
     for term in operand.terms:
         letter = term.atoms[0].letter
@@ -248,8 +250,8 @@ def _dims(operand: Operand, shape: Shape, ranks: Mapping[str, int]) -> list[tupl
             skip = min(max(missing, 0), ranks[letter])
             missing -= skip
             dims += [(f"{letter}{i}",) for i in range(skip, ranks[letter])]
-    if missing or len(dims) != len(shape):
-        raise RuleError(f"`{operand}` does not fit a value of {len(shape)} dims")
+    if missing or len(dims) != count:
+        raise RuleError(f"`{operand}` does not fit a value of {count} dims")
     return dims
 
 

@@ -28,6 +28,12 @@ def solve(
     kept = np.ones(len(channels), bool)
     if limit <= 0:
         return kept
+    rows = _as_rows(channels, constraints)
+    if rows is not None:
+        gone = min(limit // len(rows), rows.shape[1] - max(int(must[rows].sum(1).max()), 1))
+        order = np.lexsort((value[rows], must[rows]), axis=1)
+        kept[np.take_along_axis(rows, order[:, :gone], 1)] = False
+        return kept
     atoms, table, fixed = _atoms(channels, constraints)
     sizes = np.array([len(atom) for atom in atoms])
     least = np.array([int(must[atom].sum()) for atom in atoms])
@@ -38,6 +44,18 @@ def solve(
         order = np.lexsort((value[atom], must[atom]))
         kept[atom[order[: len(atom) - int(count)]]] = False
     return kept
+
+
+def _as_rows(channels: np.ndarray, constraints: Sequence[Constraint]) -> np.ndarray | None:
+    """The places of a single constraint's channels, if each of `channels` stands there once."""
+    rows = constraints[0].rows
+    if len(constraints) > 1 or rows.size != len(channels):
+        return None
+    order = np.argsort(channels)
+    at = np.minimum(np.searchsorted(channels[order], rows), len(channels) - 1)
+    places = order[at]
+    once = (channels[places] == rows).all() and (np.bincount(places.reshape(-1)) == 1).all()
+    return np.sort(places, axis=1) if once else None
 
 
 def _atoms(channels: np.ndarray, constraints: Sequence[Constraint]):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from . import literals, movement
 from .flow import Flow
@@ -20,6 +19,7 @@ from .pruned import PrunedModule
 from .rules import Use
 from .shuffle import find_gather
 from .trace import mutates, sweep
+from .trees import has_tensors, leaves
 from .widths import RewriteError, Widths, gather
 
 _COMPUTED_SIZES = ("reshape", "move", "fill", "cat", "pad", "assign")
@@ -80,7 +80,7 @@ class _Writer:
             self.gathered(node)
         elif node in self.dropped:
             return
-        elif not _is_tensor(node) and node.target is not operator.setitem:
+        elif not has_tensors(node.meta["val"]) and node.target is not operator.setitem:
             self.number(node)
         else:
             self.call(node)
@@ -301,8 +301,7 @@ class _Writer:
         return torch.equal(wanted.expand(shape), found.expand(shape))
 
     def _outputs(self, node: fx.Node) -> list[Value]:
-        leaves = pytree.tree_leaves(self.widths.value(node), is_leaf=lambda v: isinstance(v, Value))
-        return [leaf for leaf in leaves if isinstance(leaf, Value)]
+        return leaves(self.widths.value(node), Value)
 
     def _run(self, call: Call, ids: Tensor) -> Any:
         def concrete(arg):
@@ -329,9 +328,7 @@ class _Writer:
         self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node)
 
     def _rerun(self, node: fx.Node, ids: Tensor, shape):
-        outputs = [
-            tuple(v.shape) for v in pytree.tree_leaves(node.meta["val"]) if isinstance(v, Tensor)
-        ]
+        outputs = [tuple(v.shape) for v in leaves(node.meta["val"], Tensor)]
         call = Call(
             node, self.flow.rules[node], node.op, node.target, tuple(node.args), dict(node.kwargs)
         )
@@ -393,7 +390,9 @@ class _Writer:
             own = new._parameters
             new.__dict__["_flat_weights"] = [own.get(n) for n in old._flat_weights_names]
         for key, value in attrs.items():
-            if hasattr(old, key):
+            if key in old.__dict__:  # not by setattr, which takes its time in a module
+                new.__dict__[key] = value
+            elif hasattr(old, key):
                 setattr(new, key, value)
         return new
 
@@ -428,7 +427,8 @@ class _Writer:
         self._mark_buffers(module)
         for name, child in module.named_modules():
             if name not in self.root:
-                child.training = _training(self.model, name)
+                source = self.sources.get(name, self.model)
+                child.__dict__["training"] = source.training
         module.training = self.model.training
         return module
 
@@ -449,10 +449,6 @@ def _training(model: nn.Module, name: str) -> bool:
         return model.get_submodule(name).training
     except AttributeError:
         return model.training
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return any(isinstance(v, Tensor) for v in pytree.tree_leaves(node.meta["val"]))
 
 
 __all__ = ["Layer", "Use", "rewrite"]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RuleError
-from .meta import evaluate, tensors_in
+from .meta import evaluate
 from .pattern import Atom, Operand, Pattern, bind
 from .rules import Rule, Rules, Use
 from .sizes import plain
+from .trees import leaves
 
 _MISFITS = (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError)
 
@@ -115,7 +116,7 @@ def of_call(rules: Rules, func: Callable, args: tuple, kwargs: Mapping[str, Any]
     shortcut = _SHORTCUTS.get(use.rule.kind) if use is not None else None
     if use is None or shortcut is None or "out" in kwargs or kwargs.get("inplace"):
         return None
-    tensors = tensors_in((args, kwargs))
+    tensors = leaves((args, kwargs), Tensor)
     if not any(t.is_meta for t in tensors) or not all(t.is_contiguous() for t in tensors):
         return None
     try:

@@ -17,7 +17,7 @@ import operator
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from . import shapes, sizes
 from .errors import FxpruneError, InputError, TraceError
-from .meta import evaluate, tensors_in, to_meta
+from .meta import evaluate, to_meta
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
+from .trees import has_tensors, leaves, mapped
 
 _OWN = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -100,8 +100,13 @@ class _Lookup(nn.Module):
 
 def skeleton(model: nn.Module) -> nn.Module:
     """A copy of the module tree that shares every tensor, so that attributes can be set on it."""
-    copies = {id(m): object.__new__(type(m)) for m in model.modules()}
-    for module in model.modules():
+    return _copies(list(model.modules()))[id(model)]
+
+
+def _copies(modules: Sequence[nn.Module]) -> dict[int, nn.Module]:
+    """id of a module -> its copy, for all modules of a tree."""
+    copies = {id(m): object.__new__(type(m)) for m in modules}
+    for module in modules:
         copy = copies[id(module)]
         copy.__dict__.update(module.__dict__)
         for table in ("_parameters", "_buffers"):
@@ -110,7 +115,7 @@ def skeleton(model: nn.Module) -> nn.Module:
         copy.__dict__["_modules"] = {
             name: None if m is None else copies[id(m)] for name, m in children
         }
-    return copies[id(model)]
+    return copies
 
 
 class _Tracer(TorchFunctionMode):
@@ -119,7 +124,6 @@ class _Tracer(TorchFunctionMode):
         self.rules = rules
         self.graph = fx.Graph()
         self.original = model
-        self.model = skeleton(model)
         self.inside = 0  # how many leaf modules we are in
         self.leaf: tuple = ()  # the leaf module being run, and its arguments, for errors
         self.nodes: dict[int, fx.Node] = {}  # id(tensor) -> node
@@ -131,27 +135,37 @@ class _Tracer(TorchFunctionMode):
         self.tensor_constants: dict[str, torch.Tensor] = {}
         self.metas: dict[int, Any] = {}
         self.baked: list[Source | None] = []  # where a size became a plain number
-        self._name_everything()
+        named = dict(model.named_modules(remove_duplicate=False))
+        self.model = self._copied(model, named)
+        self._name_tensors(named)
 
-    def _name_everything(self) -> None:
+    def _copied(self, model: nn.Module, named: Mapping[str, nn.Module]) -> nn.Module:
+        """A skeleton of the model that notes where its `training` flags are read."""
+        copies = _copies([*dict.fromkeys(named.values())])
         self.module_names: dict[int, str] = {}
-        for root in (self.model, self.original):
-            for name, module in root.named_modules(remove_duplicate=False):
-                self.module_names.setdefault(id(module), name)
-        for module in self.model.modules():
-            leaf = self.rules.of_module(type(module)) is not None  # C++ code there wants a bool
-            where = f"{self.module_names[id(module)]}.training".lstrip(".")
-            module.__dict__["training"] = False if leaf else TracedFlag(0, ("training", where))
+        for name, module in named.items():
+            copy = copies[id(module)]
+            if id(copy) not in self.module_names:
+                self.module_names[id(copy)] = self.module_names[id(module)] = name
+                leaf = self.rules.of_module(type(module)) is not None  # C++ code wants a bool
+                where = f"{name}.training".lstrip(".")
+                copy.__dict__["training"] = False if leaf else TracedFlag(0, ("training", where))
+        return copies[id(model)]
+
+    def _name_tensors(self, named: Mapping[str, nn.Module]) -> None:
         self.tensor_names: dict[int, str] = {}
         self.aliases: dict[str, str] = {}
-        self.buffers: set[int] = set()
-        pairs = [*self.original.named_parameters(remove_duplicate=False)]
-        self.buffers = {id(b) for b in self.original.buffers()}
-        for name, tensor in [*pairs, *self.original.named_buffers(remove_duplicate=False)]:
-            first = self.tensor_names.setdefault(id(tensor), name)
-            if first != name:
-                self.aliases[name] = first
-            self.kept.append(tensor)
+        for table in ("_parameters", "_buffers"):
+            for prefix, module in named.items():
+                for field, tensor in module.__dict__[table].items():
+                    if tensor is not None:
+                        self._name_tensor(f"{prefix}.{field}" if prefix else field, tensor)
+
+    def _name_tensor(self, name: str, tensor: torch.Tensor) -> None:
+        first = self.tensor_names.setdefault(id(tensor), name)
+        if first != name:
+            self.aliases[name] = first
+        self.kept.append(tensor)
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -236,11 +250,11 @@ class _Tracer(TorchFunctionMode):
         if not self.leaf:
             return ""
         module, *arguments = self.leaf
-        operands = ", ".join("x".join(map(str, t.shape)) for t in tensors_in(arguments))
+        operands = ", ".join("x".join(map(str, t.shape)) for t in leaves(arguments, torch.Tensor))
         return f"{type(module).__name__} `{self.module_names[id(module)]}` on {operands}"
 
     def placeholder(self, name: str, value: Any) -> Any:
-        if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)):
+        if not has_tensors(value):
             node = self.graph.placeholder(name, default_value=value)
             node.meta["val"] = value
             return value
@@ -252,7 +266,7 @@ class _Tracer(TorchFunctionMode):
             return to_meta(t, {}).detach() if isinstance(t, torch.Tensor) else t
 
         with torch._C.DisableTorchFunction():
-            return pytree.tree_map(convert, value)
+            return mapped(convert, value)
 
     def opened(self, node: fx.Node, value: Any) -> Any:
         """Register `value` as what `node` gives, its parts as items of it."""
@@ -263,7 +277,7 @@ class _Tracer(TorchFunctionMode):
         elif isinstance(value, (tuple, list, dict)):
             keys = value.keys() if isinstance(value, dict) else range(len(value))
             for key in keys:
-                if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value[key])):
+                if has_tensors(value[key]):
                     self.opened(
                         self.create("call_function", operator.getitem, (node, key), {}), value[key]
                     )
@@ -312,13 +326,11 @@ class _Tracer(TorchFunctionMode):
         return found
 
     def record(self, func, name: str, args, kwargs, value: Any = NotImplemented):
-        versions = {id(t): t._version for t in tensors_in((args, kwargs))}
+        versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
         if value is NotImplemented:
             value = self.evaluate(func, args, kwargs)
         mutates = func is operator.setitem or name == "__setitem__"
-        if not mutates and not any(
-            isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(value)
-        ):
+        if not mutates and not has_tensors(value):
             return value
         op, target = self.target(func, name)
         node = self.create(op, target, self.nodes_of(args), self.nodes_of(kwargs))
@@ -336,7 +348,7 @@ class _Tracer(TorchFunctionMode):
             return t
 
         with torch._C.DisableTorchFunction():
-            return pytree.tree_map(fresh, value)
+            return mapped(fresh, value)
 
     def target(self, func, name: str) -> tuple[str, Any]:
         if isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType)) or (
@@ -357,7 +369,7 @@ class _Tracer(TorchFunctionMode):
     def call_module(self, call: Callable, module: nn.Module, args, kwargs):
         if self.inside or not self.is_leaf(module):
             return call(module, *args, **kwargs)
-        versions = {id(t): t._version for t in tensors_in((args, kwargs))}
+        versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
         name = self.module_names[id(module)]
         node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
         self.leaf = (module, args, kwargs)
