@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -683,8 +685,6 @@ class _Run:
         return ids
 
 
-import operator  # noqa: E402
-
 getitem, setitem = operator.getitem, operator.setitem
 
 
@@ -734,7 +734,7 @@ def _lift(layer: Layer, rank: int) -> Layer:
 
 
 def _joint_shape(values: list[Value]) -> tuple[int, ...]:
-    return tuple(torch.broadcast_shapes(*(v.shape for v in values)))
+    return np.broadcast_shapes(*(v.shape for v in values))
 
 
 def _as_row(value: Value, dim: int) -> Layer | None:

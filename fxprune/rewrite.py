@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -297,7 +298,7 @@ class _Writer:
         if len(layers) != count:
             return True
         wanted = self.widths.compact(node, value, layers[k])
-        shape = torch.broadcast_shapes(wanted.shape, found.shape)
+        shape = np.broadcast_shapes(tuple(wanted.shape), tuple(found.shape))
         return torch.equal(wanted.expand(shape), found.expand(shape))
 
     def _outputs(self, node: fx.Node) -> list[Value]:

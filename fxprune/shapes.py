@@ -7,10 +7,13 @@ from the real op on an empty batch, or on one element of each operand.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,10 +44,25 @@ def of_module(
         return _like(x, x.shape, x.dtype, x.stride())
     if rule.kind != "dims" or rule.at or any(not hasattr(module, r) for r in rule.ranks.values()):
         return None
+    arguments = _Attributes(module)
     if rule.pattern.output == rule.pattern.inputs[0]:
-        _check_fits(rule, module, x, x)
+        _check_fits(rule, arguments, x, x.shape)
         return _like(x, x.shape, x.dtype, x.stride())
-    return _on_empty_batch(rule, module, x)
+    own = [p for p in module._parameters.values() if p is not None]
+    try:  # not module(), which is written down while the model is traced
+        return _on_empty_batch(rule, module.forward, x, own, arguments)
+    except (*_MISFITS, RuleError):
+        return None
+
+
+class _Attributes:
+    """A module's attributes, looked up as in a dict."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+
+    def get(self, name: str) -> Any:
+        return getattr(self.module, name, None)
 
 
 def _like(
@@ -55,34 +73,37 @@ def _like(
     return torch.empty_strided(tuple(shape), tuple(stride), dtype=dtype, device=x.device)
 
 
-def _check_fits(rule: Rule, module: nn.Module, x: Tensor, found: Tensor) -> None:
-    """Raise `RuleError` unless the rule's dims fit the input, the parameters and the result."""
-    operands = [getattr(module, name, None) for name in rule.operands[1:]]
+def _check_fits(rule: Rule, arguments: Any, x: Tensor, found: Sequence[int]) -> None:
+    """Raise `RuleError` unless the rule's dims fit the input, other operands and the result."""
+    operands = [arguments.get(name) for name in rule.operands[1:]]
     shapes = [x.shape, *(None if t is None else t.shape for t in operands)]
-    ranks = {letter: len(getattr(module, key)) for letter, key in rule.ranks.items()}
-    sizes = {t: getattr(module, key) for key, t in rule.sizes.items() if t.isidentifier()}
+    told = arguments.get
+    ranks = {letter: len(told(key)) for letter, key in rule.ranks.items() if told(key) is not None}
+    sizes = {
+        letter: plain(told(key))
+        for key, letter in rule.sizes.items()
+        if letter.isidentifier() and told(key) is not None
+    }
     fixed = {**rule.fixed, **sizes}
-    bind(rule.pattern, shapes, tuple(found.shape), sizes=fixed, ranks=ranks)
+    bind(rule.pattern, shapes, tuple(found), sizes=fixed, ranks=ranks)
 
 
-def _on_empty_batch(rule: Rule, module: nn.Module, x: Tensor) -> Tensor | None:
-    """The result of a module that maps the items of a batch, from a run on none."""
+def _on_empty_batch(
+    rule: Rule, run: Callable[[Tensor], Any], x: Tensor, others: Sequence[Tensor], arguments: Any
+) -> Tensor | None:
+    """The result of an op that maps the items of a batch, from a run on none."""
     pattern = rule.pattern
-    own = [p for p in module._parameters.values() if p is not None]
     if x.ndim < max(2, len(pattern.inputs[0].terms)) or not _maps_items(pattern):
         return None
-    if not all(t.is_contiguous() for t in (x, *own)):
+    if not all(t.is_contiguous() for t in (x, *others)):
         return None
-    device = own[0].device if own else torch.device("cpu")
-    try:  # not module(), which is written down while the model is traced
-        found = module.forward(torch.empty((0, *x.shape[1:]), dtype=x.dtype, device=device))
-        if not isinstance(found, Tensor) or found.is_meta or not found.ndim or found.shape[0]:
-            return None
-        found = _like(x, (x.shape[0], *found.shape[1:]), found.dtype)
-        _check_fits(rule, module, x, found)  # some kernels make little of nothing
-    except (*_MISFITS, RuleError):
+    device = others[0].device if others else torch.device("cpu")
+    found = run(torch.empty((0, *x.shape[1:]), dtype=x.dtype, device=device))
+    if not isinstance(found, Tensor) or found.is_meta or not found.ndim or found.shape[0]:
         return None
-    return found
+    shape = (x.shape[0], *found.shape[1:])
+    _check_fits(rule, arguments, x, shape)  # some kernels make little of nothing
+    return _like(x, shape, found.dtype)
 
 
 @cache
@@ -106,7 +127,7 @@ def _leading(operand: Operand) -> Atom | None:
 
 
 def of_call(rules: Rules, func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The result of a pointwise op or a concatenation; None for others, and where it is unclear."""
+    """The result of a function or method on meta tensors; None where it has to be computed."""
     name = getattr(func, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):
         return None
@@ -120,40 +141,78 @@ def of_call(rules: Rules, func: Callable, args: tuple, kwargs: Mapping[str, Any]
     if not any(t.is_meta for t in tensors) or not all(t.is_contiguous() for t in tensors):
         return None
     try:
-        return shortcut(use, func, args, kwargs, tensors)
-    except _MISFITS:
+        return shortcut(_Call(use, func, args, kwargs, tensors))
+    except (*_MISFITS, RuleError):
         return None
 
 
-def _pointwise(use: Use, func, args, kwargs, tensors: list[Tensor]) -> Tensor | None:
+@dataclass(frozen=True)
+class _Call:
+    use: Use
+    func: Callable
+    args: tuple
+    kwargs: Mapping[str, Any]
+    tensors: list[Tensor]
+
+    def run(self, standin: Callable[[Tensor], Tensor]) -> Any:
+        """Call it with something real in place of each tensor."""
+        return evaluate(self.func, self.args, self.kwargs, lambda t, *_: standin(t), real=True)
+
+    def bound(self) -> dict[str, Any]:
+        return self.use.bound(self.args, dict(self.kwargs))
+
+    def like(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return _like(next(t for t in self.tensors if t.is_meta), shape, dtype)
+
+
+def _pointwise(call: _Call) -> Tensor | None:
     """The dtype from one element of each operand, the shape by broadcasting."""
-
-    def one(tensor: Tensor, *_) -> Tensor:
-        return torch.ones([1] * tensor.ndim, dtype=tensor.dtype)
-
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    found = evaluate(func, args, kwargs, one, real=True)
+    shape = np.broadcast_shapes(*(tuple(t.shape) for t in call.tensors))
+    found = call.run(lambda t: torch.ones([1] * t.ndim, dtype=t.dtype))
     single = isinstance(found, Tensor) and found.ndim == len(shape)
-    return _like(_meta_of(tensors), shape, found.dtype) if single else None
+    return call.like(shape, found.dtype) if single else None
 
 
-def _joined(use: Use, func, args, kwargs, tensors: list[Tensor]) -> Tensor | None:
-    """The result from empty batches, unless it is the batches that are joined."""
-    first = tensors[0].shape
-    dim = plain(use.bound(args, dict(kwargs)).get("dim", 0))
-    same = all(t.ndim == len(first) and t.shape[0] == first[0] for t in tensors if t.ndim)
-    if not same or len(first) < 2 or dim % len(first) == 0 or dim < -len(first):
+def _joined(call: _Call) -> Tensor | None:
+    dim, rank = plain(call.bound().get("dim", 0)), call.tensors[0].ndim
+    return _of_items(call) if -rank <= dim < rank and dim % rank else None
+
+
+def _reduced(call: _Call) -> Tensor | None:
+    dim, rank = call.bound().get("dim"), call.tensors[0].ndim
+    dims = [plain(d) for d in dim] if isinstance(dim, (tuple, list)) else [plain(dim)]
+    apart = dims and all(isinstance(d, int) and d % max(rank, 1) for d in dims)
+    return _of_items(call) if apart else None
+
+
+def _of_items(call: _Call) -> Tensor | None:
+    """The result from empty batches, for an op that leaves the items of a batch apart."""
+    first = call.tensors[0].shape
+    if len(first) < 2 or any(t.ndim != len(first) or t.shape[0] != first[0] for t in call.tensors):
         return None
-
-    def none(tensor: Tensor, *_) -> Tensor:
-        return torch.empty((0, *tensor.shape[1:]), dtype=tensor.dtype)
-
-    found = evaluate(func, args, kwargs, none, real=True)
-    return _like(_meta_of(tensors), (first[0], *found.shape[1:]), found.dtype)
-
-
-def _meta_of(tensors: list[Tensor]) -> Tensor:
-    return next(t for t in tensors if t.is_meta)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # as of a deviation of nothing
+        found = call.run(lambda t: torch.empty((0, *t.shape[1:]), dtype=t.dtype))
+    if not isinstance(found, Tensor) or not found.ndim or found.shape[0]:
+        return None
+    return call.like((first[0], *found.shape[1:]), found.dtype)
 
 
-_SHORTCUTS: dict[str, Callable[..., Tensor | None]] = {"pointwise": _pointwise, "cat": _joined}
+def _by_dims(call: _Call) -> Tensor | None:
+    """The result of an op on one value of the network and on weights."""
+    rule, arguments = call.use.rule, call.bound()
+    x = arguments.get(rule.operands[0])
+    others = [t for t in call.tensors if t is not x]
+    if rule.at or not isinstance(x, Tensor) or any(t.is_meta for t in others):
+        return None
+    return _on_empty_batch(
+        rule, lambda none: call.run(lambda t: none if t is x else t), x, others, arguments
+    )
+
+
+_SHORTCUTS: dict[str, Callable[[_Call], Tensor | None]] = {
+    "pointwise": _pointwise,
+    "cat": _joined,
+    "reduce": _reduced,
+    "dims": _by_dims,
+}

@@ -43,12 +43,14 @@ def _distances(own: Tensor, whole: Tensor) -> Tensor:
 def lamp(group: Slices) -> Scores:
     """Squared norm over the sum of all squared norms of the layer not smaller (Lee et al. 2021,
     LAMP, on filters): comparable between layers."""
-    return [_lamp(filters.square().sum(1)) for filters in group.filters]
+    pairs = zip(group.filters, group.layers, strict=True)
+    return [_lamp(own, whole) for own, whole in pairs]
 
 
-def _lamp(squares: Tensor) -> Tensor:
-    order = torch.argsort(squares, stable=True)
-    rest = squares[order].flip(0).cumsum(0).flip(0)
-    scores = torch.empty_like(squares)
-    scores[order] = squares[order] / rest.clamp_min(torch.finfo(squares.dtype).tiny)
-    return scores
+def _lamp(own: Tensor, whole: Tensor) -> Tensor:
+    if own.shape[1] != whole.shape[1]:  # several filters a channel: compare whole channels
+        whole = own
+    squares, every = own.square().sum(1), whole.square().sum(1).sort().values
+    rest = every.flip(0).cumsum(0).flip(0)
+    first = torch.searchsorted(every, squares * (1 - 1e-6))  # equal norms may differ by rounding
+    return squares / rest[first].clamp_min(torch.finfo(squares.dtype).tiny)
