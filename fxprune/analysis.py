@@ -33,7 +33,7 @@ class Frozen:
     source: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class Analysis:
     """A traced model with its channel groups.
 
@@ -61,6 +61,14 @@ class Analysis:
     @property
     def frozen(self) -> list[Frozen]:
         return [_frozen(group) for group in self.groups if group.frozen is not None]
+
+    def __repr__(self) -> str:
+        can = [group for group in self.groups if group.prunable]
+        some, every = sum(map(len, can)), sum(map(len, self.groups))
+        return (
+            f"Analysis of {type(self.model).__name__} on {self.inputs.describe()}: {len(can)} of "
+            f"{len(self.groups)} groups can shrink, with {some:,} of {every:,} channels"
+        )
 
     def explain(self, a: str, b: str | None = None) -> Explanation:
         """Why `a` is in its group; with `b`, the chain of ties from `a` to `b`.
@@ -117,6 +125,7 @@ def _source(freeze: Freeze) -> str:
     return describe(freeze.node.meta.get("source")) if freeze.node is not None else ""
 
 
+@torch.inference_mode(False)
 def analyze(
     model: nn.Module,
     example_inputs: Any = None,

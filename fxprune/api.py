@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis, analyze
@@ -30,6 +31,7 @@ from .widths import RewriteError, Widths
 Verify = bool | Literal["shapes"]
 
 
+@torch.inference_mode(False)
 def prune(
     model: nn.Module,
     example_inputs: Any = None,
@@ -167,6 +169,7 @@ def _freeze_at(analysis: Analysis, error: RewriteError) -> None:
 # -- plan ------------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
 def plan(
     analysis: Analysis,
     *,
@@ -200,6 +203,7 @@ def plan(
 # -- apply -----------------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
 def apply(
     model: nn.Module,
     plan: Plan,
@@ -251,6 +255,7 @@ def _verified(
     return verify_numbers(analysis.model, flow, pruned, plan.kept, widths, inputs)
 
 
+@torch.inference_mode(False)
 def verify(
     model: nn.Module, pruned: fx.GraphModule, plan: Plan, example_inputs: Any = None
 ) -> Verification:

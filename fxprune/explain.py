@@ -57,13 +57,16 @@ class Step:
         return f"{self.left} ~ {self.right}\n    {self.how}{at}{where}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """An answer of `Analysis.explain`, as text and as steps."""
 
     title: str
     steps: tuple[Step, ...] = ()
     lines: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         blocks = [str(step) for step in self.steps] + list(self.lines)

@@ -31,7 +31,7 @@ class Member:
     blocks: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group:
     """Channels that lie in the same parameter dims. ``channels`` are class numbers."""
 
@@ -42,6 +42,10 @@ class Group:
 
     def __len__(self) -> int:
         return len(self.channels)
+
+    def __repr__(self) -> str:
+        stays = f", stays: {self.frozen.reason}" if self.frozen else ""
+        return f"<Group {self.name}: {len(self)} channels in {len(self.members)} slices{stays}>"
 
     @property
     def prunable(self) -> bool:

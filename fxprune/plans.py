@@ -49,6 +49,16 @@ class Plan(BaseModel):
     kept: dict[str, dict[int, Kept]] = Field(default_factory=dict)
     groups: list[GroupPlan] = Field(default_factory=list)
 
+    def __repr__(self) -> str:
+        rate = f" at {self.rate:g}" if self.rate is not None else ""
+        size = sum(group.size for group in self.groups)
+        return (
+            f"<Plan for {self.model or 'a model'} by {self.criterion or 'hand'}{rate}: "
+            f"{self.removed:,} of {size:,} channels go>"
+        )
+
+    __str__ = __repr__
+
     def to_json(self, *, indent: int | None = None) -> str:
         """The plan as JSON; `Plan.from_json` reads it back equal."""
         return self.model_dump_json(indent=indent)

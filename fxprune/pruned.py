@@ -13,12 +13,15 @@ from torch import fx, nn
 from .plans import Plan
 
 
-@dataclass
+@dataclass(repr=False)
 class Info:
     """``pruned.fxprune``: the plan that was applied and the report of what came out."""
 
     plan: Plan
     report: Any = None
+
+    def __repr__(self) -> str:
+        return str(self.report)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ class Row:
     reason: str = ""
 
 
-@dataclass
+@dataclass(repr=False)
 class Report:
     """The result of a pruning. Parameters are counted once where tied; MACs (multiply-accumulates
     of convolutions and linear layers) are for one item of the batch."""
@@ -51,6 +51,9 @@ class Report:
         from dataclasses import asdict
 
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         lines = [

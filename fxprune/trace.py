@@ -124,6 +124,7 @@ class _Tracer(TorchFunctionMode):
         self.rules = rules
         self.graph = fx.Graph()
         self.original = model
+        self.autocast = _autocast()
         self.inside = 0  # how many leaf modules we are in
         self.leaf: tuple = ()  # the leaf module being run, and its arguments, for errors
         self.nodes: dict[int, fx.Node] = {}  # id(tensor) -> node
@@ -364,6 +365,12 @@ class _Tracer(TorchFunctionMode):
     def create(self, op: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta["source"] = _source()
+        if self.autocast != _autocast():
+            raise TraceError(
+                "forward switches autocast on or off, which a graph cannot hold",
+                details=[("at", describe(node.meta["source"]))],
+                hint="use autocast around the call of the model, not in its forward",
+            )
         return node
 
     def call_module(self, call: Callable, module: nn.Module, args, kwargs):
@@ -525,6 +532,10 @@ class _Tracer(TorchFunctionMode):
         node = self.create("call_function", cls, args, kwargs)
         node.meta["val"] = value
         return node
+
+
+def _autocast() -> tuple[bool, ...]:
+    return tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
 _DECOMPOSITIONS = tuple(

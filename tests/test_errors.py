@@ -620,6 +620,29 @@ def test_code_without_a_graph_is_named():
     assert "test_errors.py" in dict(error.details)["at"]
 
 
+def test_autocast_inside_forward_is_named():
+    def half(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.matmul(x, x)
+
+    error = raised(TraceError, lambda: fxprune.prune(Two(half), X))
+    assert error.fault == "forward switches autocast on or off, which a graph cannot hold"
+    assert "return torch.matmul(x, x)" in dict(error.details)["at"]
+
+
+def test_autocast_around_the_call_changes_nothing():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pruned = fxprune.prune(small(), X)
+    assert pruned.fxprune.report.verification.difference < 1e-9
+
+
+def test_a_network_pruned_in_inference_mode_trains():
+    with torch.inference_mode():
+        pruned = fxprune.prune(small(), X + 0)
+    pruned(X).sum().backward()
+    assert all(p.grad is not None for p in pruned.parameters())
+
+
 @pytest.mark.parametrize("name", ["graph", "code", "meta", "for"])
 def test_a_child_whose_name_a_graph_module_needs(name):
     """``graph`` and ``code`` are attributes of every result, ``for`` is no name in its code."""

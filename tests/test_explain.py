@@ -222,3 +222,21 @@ def test_large_networks_are_explained_at_once():
     assert "are coupled" in str(analysis.explain(first, last))
     assert "not coupled" in str(analysis.explain("features.conv0", "classifier"))
     assert time.perf_counter() - start < 1.0
+
+
+# -- at the prompt ---------------------------------------------------------------------------------
+
+
+def test_what_is_returned_is_short_at_the_prompt(small):
+    counts = r"\d+ of \d+ groups can shrink, with \d+ of \d+ channels"
+    assert re.fullmatch(f"Analysis of SmallNet on 2x3x16x16: {counts}", repr(small))
+    assert re.fullmatch(r"<Group conv1: \d+ channels in \d+ slices>", repr(small.groups[0]))
+    plan = fxprune.plan(small, rate=0.5)
+    assert re.fullmatch(r"<Plan for SmallNet by l2 at 0.5: \d+ of \d+ channels go>", f"{plan!r}")
+    explanation = small.explain("conv1", "conv2")
+    assert repr(explanation) == str(explanation)
+
+
+def test_a_report_is_shown_as_it_is_printed():
+    report = fxprune.prune(SmallNet(), torch.zeros(2, 3, 16, 16), verify="shapes").fxprune.report
+    assert repr(report) == str(report) and "channels" in str(report)
