@@ -169,17 +169,14 @@ def _refuse(found: Flow) -> None:
 
 
 def _warnings(found: Flow, grouped: Groups):
-    """Unknown ops, once each, with their cost in channels."""
+    """What the graph does not hold; unknown ops, once each, with their cost in channels."""
     cost: dict[str, int] = {}
     for group in grouped.groups:
         node = group.frozen.node if group.frozen is not None else None
         if node is not None and node in found.unknown:
             cost[node.name] = cost.get(node.name, 0) + len(group)
-    for source in found.graph.meta.get("fxprune_baked", ()):
-        yield (
-            "a size became a plain number, so the pruned network may take inputs of this size only"
-            f" ({describe(source)})"
-        )
+    for text, source in found.graph.meta.get("fxprune_notes", ()):
+        yield text + (f" ({describe(source)})" if source else "")
     for node, reason in found.unknown.items():
         if cost.get(node.name):
             what = f"%{node.name} ({_target(node)}) {reason}"

@@ -27,15 +27,16 @@ def ignored(analysis: Analysis, ignore: Ignore) -> dict[int, str]:
         names, inputs = _names_of(analysis, item)
         shown = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
         for i, group in enumerate(analysis.groups):
-            mine = _reader_names(group) if inputs else layer_names(group)
+            mine = _names(group, inputs)
             if any(name in names for name in mine):
                 found[i] = f"ignored by `{shown}`"
     return found
 
 
-def _reader_names(group: Group) -> list[str]:
-    readers = [m.param for m in group.members if m.role == "in"]
-    return [name for param in readers for name in (param, param.rpartition(".")[0])]
+def _names(group: Group, inputs: bool) -> list[str]:
+    """The layers that read a group's channels, or else those that make or pass them on."""
+    params = [m.param for m in group.members if (m.role == "in") == inputs]
+    return [name for param in params for name in (param, param.rpartition(".")[0])]
 
 
 def _names_of(analysis: Analysis, item: Any) -> tuple[set[str], bool]:

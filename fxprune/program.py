@@ -89,12 +89,13 @@ def _alike(count: int, places: Sequence[np.ndarray]) -> tuple[np.ndarray, np.nda
 
 
 def _uniform(sizes, least, table, fixed, limit: int) -> np.ndarray | None:
-    """One number for all atoms, where all are alike."""
+    """One number for all atoms, where all are alike and no other numbers let more go."""
     even = all((t.sum(1) == t.sum(1)[0]).all() for t in table) and not any(f.any() for f in fixed)
     if not even or (sizes != sizes[0]).any():
         return None
     gone = min(limit // len(sizes), int(sizes[0] - max(least.max(), 1)))
-    return sizes - gone
+    forced = any(len(t) == len(sizes) == np.count_nonzero(t) and t.any(0).all() for t in table)
+    return sizes - gone if forced or gone * len(sizes) == limit else None
 
 
 def _program(sizes, least, table, fixed, limit: int) -> np.ndarray:
@@ -108,6 +109,7 @@ def _program(sizes, least, table, fixed, limit: int) -> np.ndarray:
     wanted = sizes * (1 - limit / sizes.sum())
     eye, none = np.eye(n), np.zeros((n, m))
     total = np.concatenate([np.ones(n), np.zeros(m + n)])[None]
+    # HiGHS's presolve loses solutions of such programs, and on some it never returns
     found = milp(
         np.concatenate([np.full(n, 2.0 * n + 1), np.zeros(m), 1 / sizes]),
         integrality=np.concatenate([np.ones(n), np.zeros(m + n)]),
@@ -121,7 +123,7 @@ def _program(sizes, least, table, fixed, limit: int) -> np.ndarray:
             LinearConstraint(np.hstack([eye, none, -eye]), -np.inf, wanted),
             LinearConstraint(np.hstack([-eye, none, -eye]), -np.inf, -wanted),
         ],
-        options={"time_limit": 10.0, "mip_rel_gap": 0.0},
+        options={"time_limit": 10.0, "mip_rel_gap": 0.0, "presolve": False},
     )
     return sizes if found.x is None else np.rint(found.x[:n]).astype(np.int64)
 

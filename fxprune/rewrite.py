@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from . import literals, movement
 from .flow import Flow
@@ -51,6 +53,7 @@ class _Writer:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Any] = {}
         self.numbers: dict[fx.Node, Any] = {}
+        self.pins: dict[fx.Node, Any] = {}
         self.root: dict[str, Any] = {}
         self.tensors: dict[int, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
@@ -73,8 +76,10 @@ class _Writer:
     def write(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self.env[node] = self.graph.node_copy(node)
+            if not has_tensors(node.meta["val"]):
+                self.numbers[node] = node.meta["val"]
         elif node.op == "output":
-            self.graph.output(self.mapped(node.args[0]))
+            self.graph.output(self.mapped(self.pinned(node.args[0])))
         elif node.op == "get_attr":
             self.get_attr(node)
         elif node in self.flow.gathers and node in self.dropped:
@@ -88,8 +93,14 @@ class _Writer:
         if isinstance(self.env.get(node), fx.Node):
             self.env[node].meta["source"] = node.meta.get("source")
 
-    def mapped(self, args: Any) -> Any:
-        return fx.node.map_aggregate(args, lambda a: self.env[a] if isinstance(a, fx.Node) else a)
+    def mapped(self, args: Any, env: Mapping[fx.Node, Any] | None = None) -> Any:
+        """Arguments with the old graph's nodes replaced by the new one's."""
+        known = self.env if env is None else env
+
+        def new(arg: Any) -> Any:
+            return known[arg] if isinstance(arg, fx.Node) and arg.graph is not self.graph else arg
+
+        return fx.node.map_aggregate(args, new)
 
     def number(self, node: fx.Node) -> None:
         """Sizes and what is computed from them."""
@@ -98,9 +109,6 @@ class _Writer:
             self.env[node] = self.numbers[node] = old
             return
         self.numbers[node] = self._new_number(node, old)
-        if node.op == "call_function" and isinstance(node.target, type):
-            self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
-            return
         self.env[node] = self.graph.node_copy(node, lambda n: self.env[n])
 
     def _new_number(self, node: fx.Node, old: Any) -> Any:
@@ -168,7 +176,8 @@ class _Writer:
     def call(self, node: fx.Node) -> None:
         use = self.flow.rules.get(node)
         if use is None:
-            self.env[node] = self._emit(node.op, node.target, node.args, node.kwargs, node)
+            args, kwargs = self.pinned((node.args, dict(node.kwargs)))
+            self.env[node] = self._emit(node.op, node.target, args, kwargs, node)
             return
         call = Call(node, use, node.op, node.target, tuple(node.args), dict(node.kwargs))
         if use.rule.kind in _COMPUTED_SIZES:
@@ -185,12 +194,39 @@ class _Writer:
         """Numbers that would change with the widths stay what the original computed with."""
 
         def pin(arg):
-            if isinstance(arg, fx.Node) and arg in self.numbers:
-                old = arg.meta["val"]
-                return old if isinstance(old, (int, float)) and self.numbers[arg] != old else arg
-            return arg
+            return self.pin(arg) if isinstance(arg, fx.Node) and arg in self.numbers else arg
 
         return fx.node.map_aggregate(args, pin)
+
+    def pin(self, node: fx.Node) -> Any:
+        """What computes a number as it was: from the original's widths and the input's size."""
+        if node not in self.pins:
+            self.pins[node] = self._pin(node)
+        return self.pins[node]
+
+    def _pin(self, node: fx.Node) -> Any:
+        old, new = node.meta["val"], self.numbers[node]
+        if any(isinstance(self.widths.value(n), Value) for n in node.all_input_nodes):
+            return self._pinned_size(node, old, new)
+        if node.op != "call_function" or not node.all_input_nodes:
+            return node
+        args, kwargs = self.pinned((node.args, dict(node.kwargs)))
+        if (args, kwargs) == (node.args, node.kwargs):
+            return node
+        if not any(isinstance(a, fx.Node) for a in pytree.tree_leaves((args, kwargs))):
+            return old
+        return self.graph.call_function(node.target, *self.mapped((args, kwargs)))
+
+    def _pinned_size(self, node: fx.Node, old: Any, new: Any) -> Any:
+        """A width is the number it was; what has a width as a factor is scaled back."""
+        if old == new or not isinstance(old, int) or not isinstance(new, int):
+            return node
+        value, dim = self.widths.value(node.args[0]), node.args[1:]
+        if dim and isinstance(dim[0], int) and self.widths.is_width(value, dim[0]):
+            return old
+        common = math.gcd(old, new)
+        size = self.graph.call_function(operator.mul, (self.env[node], old // common))
+        return self.graph.call_function(operator.floordiv, (size, new // common))
 
     def sized(self, call: Call, use: DimsUse) -> None:
         """Attributes and arguments that hold the sizes of letters."""
@@ -252,6 +288,7 @@ class _Writer:
             else None
         )
         source = source if isinstance(source, Value) else Value(())
+        self.pin_values(call)
         if rule.fix:
             module = self.modules[call.target] if call.op == "call_module" else None
             numbers = self.numbers.get
@@ -269,6 +306,16 @@ class _Writer:
         self.env[node] = self._emit(
             call.op, call.target, call.args, call.kwargs, node, call.attrs, env
         )
+
+    def pin_values(self, call: Call) -> None:
+        """Numbers that become elements of the result, among others that are sizes of it."""
+        for name in ("value", "fill_value"):
+            if name in call.kwargs:
+                call.kwargs[name] = self.pinned(call.kwargs[name])
+            elif name in call.use.arguments[: len(call.args)]:
+                at = call.use.arguments.index(name)
+                value = self.pinned(call.args[at])
+                call.args = (*call.args[:at], value, *call.args[at + 1 :])
 
     def _pregathered(self, call: Call, source: Value) -> fx.Node:
         taken = self.env[call.node.args[0]]
@@ -359,11 +406,7 @@ class _Writer:
         attrs: Any = None,
         env=None,
     ) -> fx.Node:
-        env = self.env if env is None else env
-        args, kwargs = (
-            fx.node.map_aggregate(a, lambda x: env[x] if isinstance(x, fx.Node) else x)
-            for a in (args, kwargs)
-        )
+        args, kwargs = self.mapped(args, env), self.mapped(kwargs, env)
         if op == "call_module" and target not in self.root:
             self.root[target] = self.submodule(target, attrs or {})
         return self.graph.create_node(op, target, args, kwargs, node.name)

@@ -68,6 +68,8 @@ def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -
     for family in _families(groups, scores):
         _choose(groups, family, scores, wanted, options, must, kept, reasons)
     _restore_broken(groups, scores, kept, reasons)
+    if options.rule != "rate" or options.scope == "global":
+        asked = {i: count / len(groups.groups[i]) for i, count in wanted.items()}
     for i, rate in asked.items():
         _explain_shortfall(groups, i, rate, kept, options, reasons)
     return Selection(kept, reasons)
@@ -75,7 +77,12 @@ def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -
 
 def group_rate(group: Group, options: Options) -> float:
     """The rate asked of a group: the last pattern that matches one of its layers."""
-    rate = options.rate
+    rate = _own_rate(group, options)
+    return options.rate if rate is None else rate
+
+
+def _own_rate(group: Group, options: Options) -> float | None:
+    rate = None
     for pattern, value in options.rates.items():
         if any(fnmatch.fnmatchcase(name, pattern) for name in layer_names(group)):
             rate = value
@@ -94,7 +101,7 @@ def _wanted(groups: Groups, scores, asked: Mapping[int, float], options: Options
     if options.rule == "cumulative":
         wanted = {i: _cumulative(scores[i], rate) for i, rate in allowed.items()}
     elif options.scope == "global" or options.rule == "threshold":
-        wanted = _global(scores, allowed, options)
+        wanted = _global(groups, scores, allowed, options)
     else:
         wanted = {i: _count(len(scores[i]) * rate) for i, rate in allowed.items()}
     return {i: wanted.get(i, 0) for i in asked}
@@ -110,10 +117,14 @@ def _cumulative(scores: np.ndarray, rate: float) -> int:
     return int(np.searchsorted(np.cumsum(shares), rate + 1e-12, side="right"))
 
 
-def _global(scores, allowed: Mapping[int, float], options: Options) -> dict[int, int]:
+def _global(
+    groups: Groups, scores, allowed: Mapping[int, float], options: Options
+) -> dict[int, int]:
     """One cut through all channels; groups with a rate of their own are cut apart."""
     apart = {
-        i: _count(len(scores[i]) * rate) for i, rate in allowed.items() if rate != options.rate
+        i: _count(len(scores[i]) * rate)
+        for i, rate in allowed.items()
+        if _own_rate(groups.groups[i], options) is not None
     }
     shared = [i for i in allowed if i not in apart]
     if not shared:
@@ -158,16 +169,17 @@ def _families(groups: Groups, scores) -> list[_Family]:
 
 
 def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
-    """The best channels of each group and of each piece of a split; all of an ignored group."""
+    """The best channels of each group and of each piece of a split; all of an ignored group. Of
+    equal ones the last stay, as the first go."""
     must = np.zeros(int(groups.channel.max()) + 1, bool)
     best = np.zeros(len(must))
     for i, values in scores.items():
         channels = groups.groups[i].channels
         best[channels] = values
         floor = len(values) if i in options.ignored else options.min_channels
-        must[channels[np.argsort(-values, kind="stable")[:floor]]] = True
+        must[channels[np.argsort(values, kind="stable")[-floor:]]] = True
     for piece in groups.keep_one:
-        must[piece[np.argmax(best[piece])]] = True
+        must[piece[np.argsort(best[piece], kind="stable")[-1]]] = True
     return must
 
 
@@ -177,7 +189,8 @@ def _choose(
     """Mark the channels of a family that go."""
     channels = np.concatenate([groups.groups[i].channels for i in family.groups])
     count = sum(wanted[i] for i in family.groups)
-    limit = min(_allowed(len(channels), count, options), int((~must[channels]).sum()))
+    count = min(count, int((~must[channels]).sum()))
+    limit = _allowed(len(channels), count, options)
     if not family.constraints:
         (i,) = family.groups
         order = np.lexsort((scores[i], must[channels]))
@@ -194,15 +207,21 @@ def _choose(
 def _bound(
     groups: Groups, family: _Family, channels, value, must, options: Options, limit: int
 ) -> np.ndarray:
-    """What stays of a family; fewer go until every group's width is one that `round_to` allows."""
+    """What stays of a family; fewer go until every group's width is one that `round_to` and
+    `max_rate` allow."""
     while limit > 0:
         found = solve(channels, value, must[channels], family.constraints, limit)
         ends = np.cumsum([len(groups.groups[i]) for i in family.groups])[:-1]
-        widths = [(part.sum(), part.size) for part in np.split(found, ends)]
-        if all(w % options.round_to == 0 or w == size for w, size in widths):
+        if all(_fits(part, options) for part in np.split(found, ends)):
             return found
         limit = min(limit - 1, int((~found).sum()) - 1)
     return np.ones(len(channels), bool)
+
+
+def _fits(kept: np.ndarray, options: Options) -> bool:
+    left, size = int(kept.sum()), len(kept)
+    even = left % options.round_to == 0 or left == size
+    return even and size - left <= _count(size * options.max_rate)
 
 
 def _allowed(size: int, count: int, options: Options) -> int:
@@ -236,16 +255,22 @@ def _restore_broken(groups: Groups, scores, kept: np.ndarray, reasons: dict[int,
 def _explain_shortfall(
     groups: Groups, i: int, rate: float, kept, options: Options, reasons: dict[int, str]
 ) -> None:
-    group = groups.groups[i]
-    gone = len(group) - int(kept[group.channels].sum())
-    if options.rule != "rate" or options.scope == "global" or gone >= _count(len(group) * rate):
-        if i in options.ignored:
-            reasons[i] = options.ignored[i]
-        elif gone >= _count(len(group) * rate) or options.scope == "global":
-            reasons.pop(i, None)
-        return
-    asked = f"asked {rate:.0%}, got {gone / len(group):.0%}"
-    why = options.ignored.get(i) or reasons.get(i)
-    if why is None:
-        why = f"round_to={options.round_to}" if options.round_to > 1 else "min_channels or max_rate"
-    reasons[i] = f"{asked}: {why}"
+    size = len(groups.groups[i])
+    gone = size - int(kept[groups.groups[i].channels].sum())
+    found = reasons.pop(i, None)
+    if gone < _count(size * rate):
+        why = options.ignored.get(i) or found or _limit(size, gone, options)
+        reasons[i] = f"asked {rate:.0%}, got {gone / size:.0%}: {why}"
+    elif i in options.ignored:
+        reasons[i] = options.ignored[i]
+
+
+def _limit(size: int, gone: int, options: Options) -> str:
+    """The option, or else the split, that let no more than `gone` of `size` channels go."""
+    if gone == _count(size * options.max_rate):
+        return f"max_rate={options.max_rate:g}"
+    if size - gone <= options.min_channels:
+        return f"min_channels={options.min_channels}"
+    if options.round_to > 1:
+        return f"round_to={options.round_to}"
+    return "every piece of a split keeps one"

@@ -12,7 +12,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-# told of each traced number that code turns into a plain one with ``int()``; set while tracing
+# told of each traced number that code turns into a plain one with ``int()``, and of each flag that
+# it branches on; set while tracing
 noted: Callable[[Any], None] | None = None
 
 
@@ -27,7 +28,7 @@ class TracedInt(int):
         return self
 
     def __int__(self) -> int:
-        if noted is not None and self.expr[0] != "training":
+        if noted is not None:
             noted(self)
         return int.__int__(self)
 
@@ -63,6 +64,14 @@ class TracedFloat(float):
 class TracedFlag(TracedInt):
     """``module.training`` while tracing: false, but remembered where it is passed on."""
 
+    def __int__(self) -> int:
+        return int.__int__(self)
+
+    def __bool__(self) -> bool:
+        if noted is not None:
+            noted(self)
+        return bool(int.__int__(self))
+
     def __repr__(self) -> str:
         return "False"
 
@@ -73,7 +82,7 @@ Traced = (TracedInt, TracedFloat)
 def plain(value):
     """The value without its history."""
     if isinstance(value, TracedFlag):
-        return bool(value)
+        return bool(int.__int__(value))
     if isinstance(value, TracedInt):
         return int.__int__(value)
     return float.__float__(value) if isinstance(value, TracedFloat) else value

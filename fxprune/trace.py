@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy as copying
 import dataclasses
 import inspect
 import linecache
@@ -27,7 +28,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import shapes, sizes
-from .errors import FxpruneError, InputError, TraceError
+from .errors import FxpruneError, InputError, ModelError, TraceError
 from .meta import evaluate, to_meta
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
@@ -35,6 +36,7 @@ from .trees import has_tensors, leaves, mapped
 
 _OWN = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
+_NUMPY = str(Path(np.__file__).parent) + os.sep
 _DUNDERS = {
     "__getitem__": operator.getitem,
     "__setitem__": operator.setitem,
@@ -45,7 +47,11 @@ _DUNDERS = {
     "matmul": operator.matmul,
     "neg": operator.neg,
 }
-_EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension"}
+_EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension", "stride"}
+_SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
+_TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
+_GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
+_OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
 
 
 def trace(
@@ -58,15 +64,19 @@ def trace(
     number) and ``meta["source"]`` (file, line and function). The model is not changed. Raises
     `TraceError` where the forward depends on values, `InputError` where the inputs do not fit.
     """
-    tracer = _Tracer(model, rules)
-    with tracer.patched(), torch.no_grad():
-        output = tracer.run(args, kwargs or {})
-    tracer.finish(output)
+    try:
+        tracer = _Tracer(model, rules)
+        tracer.trace(args, kwargs or {})
+    except InputError as error:
+        if TracedFlag.__name__ not in error.fault:  # C++ code that wants a bool, not an int
+            raise
+        tracer = _Tracer(model, rules, flags=False)
+        tracer.trace(args, kwargs or {})
     graph_module = _Unwritten(
         _Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__
     )
     graph_module.meta["fxprune_aliases"] = tracer.aliases
-    graph_module.meta["fxprune_baked"] = list(dict.fromkeys(tracer.baked))
+    graph_module.meta["fxprune_notes"] = list(dict.fromkeys(tracer.notes))
     return graph_module
 
 
@@ -106,9 +116,13 @@ def skeleton(model: nn.Module) -> nn.Module:
 def _copies(modules: Sequence[nn.Module]) -> dict[int, nn.Module]:
     """id of a module -> its copy, for all modules of a tree."""
     copies = {id(m): object.__new__(type(m)) for m in modules}
+    known: dict[int, Any] = {}
     for module in modules:
         copy = copies[id(module)]
         copy.__dict__.update(module.__dict__)
+        for name, value in module.__dict__.items():
+            if type(value) in _CONTAINERS and name not in _TABLES:  # forward may fill it
+                copy.__dict__[name] = _unshared(value, known)
         for table in ("_parameters", "_buffers"):
             copy.__dict__[table] = dict(module.__dict__[table])
         children = module.__dict__["_modules"].items()
@@ -118,9 +132,27 @@ def _copies(modules: Sequence[nn.Module]) -> dict[int, nn.Module]:
     return copies
 
 
+_TABLES = frozenset(nn.Module().__dict__)
+_CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
+
+
+def _unshared(value: Any, known: dict[int, Any]) -> Any:
+    """A copy of nested containers; `known` keeps one that stands in two places one."""
+    if type(value) not in _CONTAINERS:
+        return value
+    if id(value) not in known:
+        known[id(value)] = made = copying.copy(value)
+        if isinstance(value, dict):
+            made.update((key, _unshared(each, known)) for key, each in value.items())
+        elif isinstance(value, list):
+            made[:] = [_unshared(each, known) for each in value]
+    return known[id(value)]
+
+
 class _Tracer(TorchFunctionMode):
-    def __init__(self, model: nn.Module, rules: Rules):
+    def __init__(self, model: nn.Module, rules: Rules, *, flags: bool = True):
         super().__init__()
+        self.flags = flags  # whether the `training` flags are remembered
         self.rules = rules
         self.graph = fx.Graph()
         self.original = model
@@ -135,7 +167,7 @@ class _Tracer(TorchFunctionMode):
         self.devices: dict[int, fx.Node] = {}
         self.tensor_constants: dict[str, torch.Tensor] = {}
         self.metas: dict[int, Any] = {}
-        self.baked: list[Source | None] = []  # where a size became a plain number
+        self.notes: list[tuple[str, Source | None]] = []  # what the graph does not hold, where
         named = dict(model.named_modules(remove_duplicate=False))
         self.model = self._copied(model, named)
         self._name_tensors(named)
@@ -150,7 +182,9 @@ class _Tracer(TorchFunctionMode):
                 self.module_names[id(copy)] = self.module_names[id(module)] = name
                 leaf = self.rules.of_module(type(module)) is not None  # C++ code wants a bool
                 where = f"{name}.training".lstrip(".")
-                copy.__dict__["training"] = False if leaf else TracedFlag(0, ("training", where))
+                plain_flag = leaf or not self.flags
+                flag = False if plain_flag else TracedFlag(0, ("training", where))
+                copy.__dict__["training"] = flag
         return copies[id(model)]
 
     def _name_tensors(self, named: Mapping[str, nn.Module]) -> None:
@@ -178,7 +212,7 @@ class _Tracer(TorchFunctionMode):
             return self.call_module(call, module, args, kwargs)
 
         nn.Module.__call__ = traced_call  # type: ignore[method-assign]
-        sizes.noted = lambda number: self.baked.append(_source())
+        sizes.noted = self.note_number
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             with self:
@@ -187,6 +221,23 @@ class _Tracer(TorchFunctionMode):
             nn.Module.__call__ = call  # type: ignore[method-assign]
             sizes.noted = None
             torch.backends.mha.set_fastpath_enabled(fast)
+
+    def trace(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        with torch.no_grad(), self.patched():
+            output = self.run(args, kwargs)
+        if not self.flags:
+            self.notes.append((_TRAINING, None))
+        self.finish(output)
+
+    def note(self, text: str) -> None:
+        self.notes.append((text, _source()))
+
+    def note_number(self, number: Any) -> None:
+        """A number whose history ends here; torch's own code may ask for flags."""
+        if not isinstance(number, TracedFlag):
+            self.note(_SIZE)
+        elif not sys._getframe(2).f_code.co_filename.startswith(_TORCH):
+            self.note(_TRAINING)
 
     def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         try:
@@ -258,9 +309,18 @@ class _Tracer(TorchFunctionMode):
         if not has_tensors(value):
             node = self.graph.placeholder(name, default_value=value)
             node.meta["val"] = value
+            self.check_input(node, value)
             return value
         node = self.graph.placeholder(name)
         return self.opened(node, self._as_meta(value))
+
+    def check_input(self, node: fx.Node, value: Any) -> None:
+        """Python saw the number itself, so the graph holds for no other."""
+        same = operator.is_ if value is None else operator.eq
+        found = self.create("call_function", same, (node, value), {})
+        text = f"pruned with {node.name}={value!r}: another value needs another trace"
+        check = self.create("call_function", torch._assert, (found, text), {})
+        found.meta["val"], check.meta["val"] = True, None
 
     def _as_meta(self, value: Any) -> Any:
         def convert(t: Any) -> Any:
@@ -318,8 +378,8 @@ class _Tracer(TorchFunctionMode):
         if prop in ("numel", "nelement") and id(tensor) in self.nodes:
             return TracedInt(tensor.numel(), ("numel", tensor))
         found = func(*args, **kwargs)
-        if prop == "__len__" and id(tensor) in self.nodes:
-            self.baked.append(_source())
+        if prop in ("__len__", "stride") and id(tensor) in self.nodes:
+            self.note(_SIZE)
         if prop in ("dtype", "device") and id(tensor) in self.nodes:
             self.asked[found] = self.nodes[id(tensor)]
         if isinstance(found, torch.Tensor):
@@ -328,10 +388,16 @@ class _Tracer(TorchFunctionMode):
 
     def record(self, func, name: str, args, kwargs, value: Any = NotImplemented):
         versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
+        owner = _custom_function(sys._getframe(2))
+        if owner:
+            self.note(_OWN_BACKWARD.format(owner))
         if value is NotImplemented:
             value = self.evaluate(func, args, kwargs)
         mutates = func is operator.setitem or name == "__setitem__"
         if not mutates and not has_tensors(value):
+            leaves_it = sys._getframe(2).f_code.co_name == "__exit__"
+            if func is torch._C._set_grad_enabled and args[0] is False and not leaves_it:
+                self.note(_GRADIENTS)
             return value
         op, target = self.target(func, name)
         node = self.create(op, target, self.nodes_of(args), self.nodes_of(kwargs))
@@ -441,6 +507,13 @@ class _Tracer(TorchFunctionMode):
                     details=[("at", describe(_source()))],
                     hint="scripted functions and C++ calls have no graph; use their Python form",
                 )
+            if isinstance(tensor, nn.Parameter):
+                raise ModelError(
+                    f"forward uses a parameter of shape {list(tensor.shape)} that is registered "
+                    "nowhere in the model",
+                    details=[("at", describe(_source()))],
+                    hint="keep layers in nn.ModuleList or nn.ModuleDict, not in a plain list",
+                )
             name = f"_tensor_constant{len(self.tensor_constants)}"
             self.tensor_constants[name] = tensor.detach()
         node = self.create("get_attr", name, (), {})
@@ -506,6 +579,8 @@ class _Tracer(TorchFunctionMode):
 
     def output_of(self, value: Any) -> Any:
         """The output's structure in nodes; classes of its own are called in the graph."""
+        if isinstance(value, (TracedSize, torch.Size)):
+            return self._made(torch.Size, ([self.output_of(v) for v in value],), {}, value)
         if isinstance(value, (torch.Tensor, *Traced)) or type(value) in (tuple, list, dict):
             if type(value) in (tuple, list):
                 return type(value)(self.output_of(v) for v in value)
@@ -523,9 +598,15 @@ class _Tracer(TorchFunctionMode):
             )
         if isinstance(value, collections.abc.Mapping):
             pairs = [(key, self.output_of(v)) for key, v in value.items()]
-            return self._made(type(value), (pairs,), {}, value)
+            kind = dict if isinstance(value, collections.defaultdict) else type(value)
+            return self._made(kind, (pairs,), {}, value)
         if isinstance(value, (tuple, list)):
             return [self.output_of(v) for v in value]
+        if inspect.isgenerator(value) or has_tensors(vars(value) if _is_object(value) else ()):
+            raise TraceError(
+                f"forward returns a {type(value).__name__}, which cannot be looked into",
+                hint="return tensors in tuples, lists, dicts, named tuples or dataclasses",
+            )
         return value
 
     def _made(self, cls, args, kwargs, value) -> fx.Node:
@@ -536,6 +617,19 @@ class _Tracer(TorchFunctionMode):
 
 def _autocast() -> tuple[bool, ...]:
     return tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+
+
+def _custom_function(frame: types.FrameType) -> str:
+    """The `torch.autograd.Function` whose forward runs in a frame, if one does."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if not isinstance(first, torch.autograd.function.FunctionCtx):
+        return ""
+    return type(first).__name__.removesuffix("Backward")
+
+
+def _is_object(value: Any) -> bool:
+    return hasattr(value, "__dict__") and not isinstance(value, (type, types.FunctionType))
 
 
 _DECOMPOSITIONS = tuple(
@@ -573,7 +667,8 @@ def _never(*_args) -> bool:
 def sweep(graph: fx.Graph) -> None:
     """Remove nodes that nothing reads, except those that change something in place."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output") and not mutates(node):
+        kept = node.op in ("placeholder", "output") or node.target is torch._assert
+        if not node.users and not kept and not mutates(node):
             graph.erase_node(node)
 
 
@@ -599,7 +694,7 @@ def _source() -> Source | None:
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_OWN, _TORCH)) and name[0] != "<":
+        if not name.startswith((_OWN, _TORCH, _NUMPY)) and name[0] != "<":
             return name, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back
     return None

@@ -93,6 +93,11 @@ class Widths:
                 return None
         return kept
 
+    def is_width(self, value: Value, dim: int) -> bool:
+        """Whether a dim holds channels alone, each once; not channels times pixels, say."""
+        along = [la for la in self.layers(value) if dim % len(value.shape) in la.varying]
+        return all(len(la.ids.unique()) == la.ids.numel() == value.shape[dim] for la in along)
+
     def compact(self, node: fx.Node, value: Value, layer: Layer) -> Tensor:
         """The layer's ids that stay, as the pruned graph should deliver them."""
         mask = self.mask(value, layer)

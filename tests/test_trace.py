@@ -9,6 +9,7 @@ import inspect
 import operator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -231,14 +232,16 @@ def test_sizes_are_nodes_asked_once():
     "forward",
     [
         lambda self, x: x.view(int(x.shape[0]), -1),
-        lambda self, x: x.view(len(x), -1),  # waits for the tracer to note len()
+        lambda self, x: x.view(len(x), -1),
+        lambda self, x: x / x.stride(1),
+        lambda self, x: x * float(np.prod(x.shape)),
     ],
-    ids=["int", "len"],
+    ids=["int", "len", "stride", "numpy"],
 )
 def test_a_size_that_becomes_a_plain_number_is_noted(forward):
     graph = graph_of(net(forward), picture())
-    (source,) = graph.meta["fxprune_baked"]
-    assert "test_trace.py" in source[0]
+    (text, source), *_ = graph.meta["fxprune_notes"]
+    assert text.startswith("a size became a plain number") and "test_trace.py" in source[0]
 
 
 # -- modules and modes -----------------------------------------------------------------------------
