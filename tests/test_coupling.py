@@ -224,6 +224,21 @@ def overlapping_slices_added(m, x):
     return pooled(m, y[:, :8] + y[:, 1:])
 
 
+@case(
+    8 + 8 + 3,
+    frozen={"table": CONSTANT},
+    a=conv(3, 8),
+    mix=nn.Linear(64, 64),
+    table=weight(1, 8, 8, 8),
+    read=nn.Linear(64, 3),
+    fc=fc(24),
+)
+def pixels_meet_a_table(m, x):
+    """The table has rows and columns: pixels go in whole rows, with the table's."""
+    y = m.mix(m.a(x).flatten(2)).unflatten(2, (8, 8)) + m.table
+    return m.fc(m.read(y.flatten(2)).flatten(1))
+
+
 @case(4 + 4 + 4 + 4, a=conv(3, 12), b=conv(4, 4), c=conv(4, 4), fc=fc(12))
 def res2net(m, x):
     p, q, r = m.a(x).split(4, 1)
