@@ -278,6 +278,8 @@ def _bind(call: _Call, i: int, named: Named, role) -> None:
         if not leads:
             named = _along(call, named, block)
             return _bind(call, i, named, role)
+        if all(names == (block[0],) for names in call.binding.output if block[0] in names):
+            _rows_stay(call, named, block)  # the parameter's own blocks cannot go
         ids = ids.reshape(call.sizes[block[0]], -1)
     else:
         ids = ids.reshape(-1)

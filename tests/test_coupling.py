@@ -239,6 +239,14 @@ def pixels_meet_a_table(m, x):
     return m.fc(m.read(y.flatten(2)).flatten(1))
 
 
+@case(3, frozen={"a": "would lose whole blocks"}, a=conv(3, 8), w=weight(2 * 64, 3, 4), fc=fc(3))
+def capsules_squashed_by_their_length(m, x):
+    """A capsule goes as a whole, but the weights keep one matrix for each."""
+    u = m.a(x).view(-1, 2, 4, 64).permute(0, 1, 3, 2).reshape(-1, 2 * 64, 4)
+    u = u * (u**2).sum(-1, keepdim=True)
+    return m.fc(torch.einsum("nid,ijd->nij", u, m.w).sum(1))
+
+
 @case(4 + 4 + 4 + 4, a=conv(3, 12), b=conv(4, 4), c=conv(4, 4), fc=fc(12))
 def res2net(m, x):
     p, q, r = m.a(x).split(4, 1)
