@@ -73,7 +73,8 @@ class Analysis:
     def explain(self, a: str, b: str | None = None) -> Explanation:
         """Why `a` is in its group; with `b`, the chain of ties from `a` to `b`.
 
-        Names are of parameters (``conv1.weight``) or modules (``layer1.0.conv1``).
+        Names are of parameters (``conv1.weight``) or modules (``layer1.0.conv1``). Raises
+        `OptionError` for others.
         """
         return explain(self, a, b)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from .analysis import Analysis, analyze
 from .check import check_choice, check_count, check_finite, check_model, check_share, tensors_of
 from .criteria import Criterion, find
-from .errors import NothingToPrune, OptionError, PlanError
+from .errors import ModelError, NothingToPrune, OptionError, PlanError
 from .flow import Mixing
 from .ignore import Ignore
 from .inputs import of_spec
@@ -83,7 +83,7 @@ def prune(
     check_choice("verify", verify, (True, False, "shapes"))
     watch = _watches(watch, dump)
     analysis = analyze(model, example_inputs, mixing=mixing, strict=strict, watch=watch)
-    check_finite(analysis.tensors)
+    check_finite(_weights(analysis))
     while True:
         _check_prunable(analysis)
         made, kept = make_plan(analysis, found, reduce, options, ignore, watch)
@@ -115,8 +115,17 @@ def _options(
     check_choice("select_by", select_by, ("rate", "cumulative", "threshold"))
     check_count("min_channels", min_channels)
     check_count("round_to", round_to)
-    own = dict(rates or {})
+    own = {pattern: float(value) for pattern, value in (rates or {}).items()}
+    rate, max_rate = float(rate), float(max_rate)  # a number of numpy's is none in a plan
     return Options(rate, scope, select_by, own, {}, min_channels, max_rate, round_to)
+
+
+def _weights(analysis: Analysis) -> dict[str, Tensor]:
+    """Parameters, and the statistics of layers. Other buffers may hold infinity, as masks do."""
+    slots = analysis.flow.ids.slots
+    read = {name for name, own in slots.items() if any(slot.role != "free" for slot in own)}
+    tensors = analysis.tensors.items()
+    return {name: t for name, t in tensors if isinstance(t, nn.Parameter) or name in read}
 
 
 def _watches(watch: Watch, dump: str | os.PathLike[str] | None) -> Watch:
@@ -195,7 +204,7 @@ def plan(
         raise OptionError(f"plan takes an Analysis, not a {kind}", hint="fxprune.analyze(model)")
     found = find(criterion)
     options = _options(rate, scope, select_by, rates, min_channels, max_rate, round_to)
-    check_finite(analysis.tensors)
+    check_finite(_weights(analysis))
     _check_prunable(analysis)
     return make_plan(analysis, found, reduce, options, ignore, silent, with_scores=scores)[0]
 
@@ -226,7 +235,8 @@ def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis
         )
     plan.check_fits(tensors_of(model))
     if example_inputs is None and plan.inputs is not None:
-        example_inputs = of_spec(plan.inputs).args
+        inputs = of_spec(plan.inputs)
+        example_inputs = inputs.kwargs or inputs.args
     return analyze(model, example_inputs, mixing=plan.mixing)  # type: ignore[arg-type]
 
 
@@ -262,9 +272,15 @@ def verify(
     """Prove that `pruned` computes what `model` computes with the plan's channels masked.
 
     Raises `VerificationError` with the largest difference if it does not, `PlanError` if the plan
-    is for another model.
+    is for another model, `ModelError` if `pruned` is not what `prune` or `apply` gives.
     """
     check_model(pruned)
+    given: Any = pruned
+    if not isinstance(given, fx.GraphModule):
+        raise ModelError(
+            f"a pruned network is needed, not {type(given).__name__}",
+            hint="pass what fxprune.prune or fxprune.apply gave",
+        )
     analysis = _analysis_for(model, plan, example_inputs)
     return _verified(analysis, plan, kept_by_plan(analysis, plan), pruned, True)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import keyword
+import numbers
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,13 +60,7 @@ def check_model(model: Any) -> None:
     modules = dict(model.named_modules())
     for name, module in modules.items():
         _check_module(name, module)
-    for name, _ in model.named_children():
-        taken = name == "meta" or (not name.isdigit() and hasattr(fx.GraphModule, name))
-        if taken or keyword.iskeyword(name) or name == "fxprune":
-            raise ModelError(
-                f"child `{name}` has a name that a module written by torch.fx cannot have",
-                hint="rename it; it is a Python keyword or an attribute of fx.GraphModule",
-            )
+    _check_names(model, modules)
     devices = {str(t.device): name for name, t in named_tensors(modules).items()}
     if len(devices) > 1:
         raise ModelError(
@@ -72,6 +68,32 @@ def check_model(model: Any) -> None:
             details=[(device, name) for device, name in sorted(devices.items())],
             hint="move it to one device with model.to(device), prune, and place it again",
         )
+
+
+def _check_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Raise `ModelError` for a name with which the result's attributes or code would break."""
+    for kind in ("_modules", "_parameters", "_buffers"):
+        for name in getattr(model, kind):
+            if name in _taken_names():
+                raise _name_error(_KINDS[kind], name, "it is an attribute of fx.GraphModule")
+        for prefix, module in modules.items():
+            for name in filter(keyword.iskeyword, getattr(module, kind)):
+                full = f"{prefix}.{name}" if prefix else name
+                raise _name_error(_KINDS[kind], full, "it is a Python keyword")
+
+
+_KINDS = {"_modules": "child", "_parameters": "parameter", "_buffers": "buffer"}
+
+
+@cache
+def _taken_names() -> frozenset[str]:
+    made = fx.GraphModule(nn.Module(), fx.Graph())
+    return frozenset((*dir(made), *vars(made), "meta", "fxprune", "self"))
+
+
+def _name_error(kind: str, name: str, why: str) -> ModelError:
+    fault = f"{kind} `{name}` has a name that a module written by torch.fx cannot have"
+    return ModelError(fault, hint=f"rename it; {why}")
 
 
 def _check_module(name: str, module: nn.Module) -> None:
@@ -95,7 +117,7 @@ def _check_module(name: str, module: nn.Module) -> None:
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise `ModelError` for the first parameter that holds NaN or infinity, or nothing at all."""
+    """Raise `ModelError` for the first tensor that holds NaN or infinity, or nothing at all."""
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ModelError(
@@ -114,13 +136,14 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
 
 def check_share(name: str, value: Any, *, whole: bool = False) -> None:
     """Raise `OptionError` unless `value` is a number in [0, 1), or [0, 1] where `whole`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise OptionError(f"{name} must be a number, not {type(value).__name__}")
-    if not (0 <= value < 1 or (whole and value == 1)):
-        percent = f"{value / 100:g}" if 1 < value < 100 else ""
+    share = float(value)
+    if not (0 <= share < 1 or (whole and share == 1)):
+        percent = f"{share / 100:g}" if 1 < share < 100 else ""
         raise OptionError(
             f"{name}={value} is outside [0, 1{']' if whole else ')'}",
-            hint=f"a share is meant: {percent} for {value:g} %"
+            hint=f"a share is meant: {percent} for {share:g} %"
             if percent
             else "0.5 removes half of the channels",
         )

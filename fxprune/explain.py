@@ -6,7 +6,7 @@ import itertools
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -80,6 +80,8 @@ def explain(analysis: Analysis, a: str, b: str | None = None) -> Explanation:
     Where the two are not coupled, but `b` reads what `a` makes (or the other way round), the chain
     shows that. Raises `OptionError` for names not known.
     """
+    for name in (a, a if b is None else b):
+        _check_name(name)
     slots = [slot for per in analysis.flow.ids.slots.values() for slot in per]
     if b is None:
         return _groups_of(analysis, a, _meant(a, slots))
@@ -96,6 +98,14 @@ def explain(analysis: Analysis, a: str, b: str | None = None) -> Explanation:
             return Explanation(title, tuple(steps))
     lines = tuple(_in_groups(analysis, name, slots) for name in (a, b))
     return Explanation(f"{a} and {b} are not coupled:", lines=lines)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str):
+        raise OptionError(
+            f"explain takes names, not a {type(name).__name__}",
+            hint="name a layer or a parameter, as in explain('layer1.0.conv1')",
+        )
 
 
 def _meant(name: str, slots: Sequence[Slot], read: bool = False) -> list[Slot]:

@@ -99,17 +99,26 @@ class _Run:
                 self.result.rules[node] = use
                 return found
         container = self._container(node)
-        return container if container is not None else self.freeze_all(node, "has no rule")
+        return container if container is not None else self.freeze_all(node, self._no_rule(node))
 
     def use(self, node: fx.Node) -> Use | None:
         if node.op == "call_module":
-            return self.rules.of_module(type(self.modules[node.target]))
+            found = self.rules.of_module(type(self.modules[node.target]))
+            return None if found is None or self._misfits(node, found) else found
         call = (node.args, node.kwargs)
         if node.op == "call_method":
             return self.rules.of_method(node.target, call)
         if node.target is getattr:
             return self.rules.of_method(node.args[1], call)
         return self.rules.of_function(node.target, call)
+
+    def _misfits(self, node: fx.Node, use: Use) -> list[str]:
+        return use.misfits(self.modules[node.target])
+
+    def _no_rule(self, node: fx.Node) -> str:
+        known = node.op == "call_module" and self.rules.of_module(type(self.modules[node.target]))
+        misfits = ", ".join(self._misfits(node, known)) if known else ""
+        return f"has no rule for {misfits}" if misfits else "has no rule"
 
     def _container(self, node: fx.Node) -> Any:
         """An item of a tuple or dict, or a class that only holds its arguments."""
@@ -372,8 +381,9 @@ class _Run:
                     merged.append(layer)
                     owners.append({i})
                 else:
+                    reach = set().union(*(real[j] for j in owners[k])), real[i]
                     owners[k].add(i)
-                    merged[k] = self._tied_pair(node, merged[k], layer)
+                    merged[k] = self._tied_pair(node, merged[k], layer, reach)
         plain = [
             set().union(*(dims for i, dims in enumerate(real) if i not in mine)) & set(la.varying)
             for la, mine in zip(merged, owners, strict=True)
@@ -384,9 +394,14 @@ class _Run:
             if not dims or self._passes_plain(node, layer, dims)
         ]
 
-    def _tied_pair(self, node: fx.Node, a: Layer, b: Layer) -> Layer:
+    def _tied_pair(
+        self, node: fx.Node, a: Layer, b: Layer, reach: tuple[set[int], set[int]]
+    ) -> Layer:
+        """Tie two layers; `reach` are the dims along which the values they belong to are no
+        broadcasts. What is as wide as the rows are long can lose them only as a whole."""
         narrow, wide = sorted((a, b), key=lambda layer: len(layer.varying))
-        if _by_rows(set(narrow.varying), wide):
+        beside = set(wide.varying) - set(narrow.varying)
+        if _by_rows(set(narrow.varying), wide) and not beside & reach[narrow is b]:
             self._row_tie(node, wide, set(narrow.varying), narrow)
         else:
             self.ids.tie(node, narrow.ids, wide.ids)
@@ -584,6 +599,8 @@ class _Run:
         target = self.opened(self.result.values[node.args[0]])
         given = self.result.values.get(node.args[2])
         index = self.concrete(node.args[1])
+        if _by_elements(index, target):
+            return self._assign_where(node, use, target)
         source = self.opened(given) if isinstance(given, Value) else Value(())
         met = []
         for layer in target.layers:
@@ -596,6 +613,22 @@ class _Run:
         self.meet(node, [Value(shape, tuple(met)), source], shape, use)
         changed = tuple(Layer(la.ids, False, la.origin) for la in target.layers)
         self.result.values[node.args[0]] = Value(target.shape, changed, weight=target.weight)
+
+    def _assign_where(self, node: fx.Node, use: Use, target: Value) -> None:
+        """``target[mask] = number`` by a computed mask, which shares the channels of what it cuts.
+
+        Anything else that picks single elements freezes what it meets.
+        """
+        index, number = node.args[1:3]
+        mask = self.result.values.get(index) if isinstance(index, fx.Node) else None
+        plain = isinstance(number, (int, float))
+        if plain and isinstance(mask, Value) and _is_mask_of(mask, index.meta["val"].dtype, target):
+            self.meet(node, [target, self.opened(mask)], target.shape, use)
+        else:
+            self.freeze_all(node, "assigns to single elements")
+        zero = plain and number == 0
+        layers = tuple(Layer(la.ids, la.zero and zero, la.origin) for la in target.layers)
+        self.result.values[node.args[0]] = Value(target.shape, layers, weight=target.weight)
 
     def do_cat(self, node: fx.Node, use: Use) -> Any:
         bound = use.bound(node.args, node.kwargs)
@@ -686,6 +719,25 @@ class _Run:
 
 
 getitem, setitem = operator.getitem, operator.setitem
+
+
+def _by_elements(index: Any, target: Value) -> bool:
+    """Whether an index is computed, or a mask over several dims with channels along one of them."""
+    tensors = leaves(index, Tensor)
+    if any(t.is_meta for t in tensors):
+        return True
+    flags = (torch.bool, torch.uint8)
+    masked = max((t.ndim for t in tensors if t.dtype in flags), default=0)
+    # before other parts of an index it is not clear where the mask lies
+    end = masked if isinstance(index, Tensor) else len(target.shape)
+    return masked > 1 and any(min(la.varying, default=0) < end for la in target.layers)
+
+
+def _is_mask_of(mask: Value, dtype: torch.dtype, target: Value) -> bool:
+    """Whether a mask has one flag for each element of `target`, and no channels of its own."""
+    known = {layer.varying for layer in target.layers}
+    alike = dtype == torch.bool and mask.shape == target.shape
+    return alike and all(layer.varying in known for layer in mask.layers)
 
 
 def node_tensor(value: Value) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,14 +30,57 @@ class Inputs:
         return ", ".join("x".join(map(str, t.shape)) or "scalar" for t in tensors)
 
     def spec(self) -> Any:
-        """Shapes and dtypes as plain data, for a plan."""
-        tensors = [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        simple = not self.kwargs and len(tensors) == len(self.args)
-        return (
-            [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in tensors]
-            if simple
-            else None
-        )
+        """Shapes and dtypes of tensors, and all other values, as plain data for a plan.
+
+        None where an argument is of another kind than tensors, numbers, strings and None in
+        tuples, lists and dicts: then it has to be given again.
+        """
+        if not self.kwargs and all(isinstance(arg, Tensor) for arg in self.args):
+            return [_tensor_spec(arg) for arg in self.args]
+        try:
+            args = [_spec(arg) for arg in self.args]
+            return {"args": args, "kwargs": {k: _spec(arg) for k, arg in self.kwargs.items()}}
+        except TypeError:
+            return None
+
+
+def _tensor_spec(tensor: Tensor) -> list[Any]:
+    return [list(tensor.shape), str(tensor.dtype).removeprefix("torch.")]
+
+
+def _spec(value: Any) -> Any:
+    """A value as JSON can hold it: a container or tensor is a dict of one item, its kind."""
+    if isinstance(value, Tensor):
+        return {"tensor": _tensor_spec(value)}
+    if type(value) in (list, tuple):
+        return {type(value).__name__: [_spec(item) for item in value]}
+    if type(value) is dict:
+        return {"dict": [[_spec(key), _spec(item)] for key, item in value.items()]}
+    if type(value) is float and not math.isfinite(value):
+        return {"float": str(value)}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"a plan cannot hold a {type(value).__name__}")
+
+
+def _of_spec(spec: Any) -> Any:
+    """The value that `_spec` wrote down; tensors are on the meta device."""
+    if not isinstance(spec, dict):
+        return spec
+    ((kind, content),) = spec.items()
+    if kind == "dict":
+        return {_of_spec(key): _of_spec(item) for key, item in content}
+    if kind in ("list", "tuple"):
+        made = [_of_spec(item) for item in content]
+        return made if kind == "list" else tuple(made)
+    if kind not in ("tensor", "float"):
+        raise ValueError(f"`{kind}` is no kind of input")
+    return _tensor_of(content) if kind == "tensor" else float(content)
+
+
+def _tensor_of(spec: Any) -> Tensor:
+    shape, dtype = spec
+    return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
 def given(example_inputs: Any) -> Inputs:
@@ -56,10 +100,13 @@ def given(example_inputs: Any) -> Inputs:
 def of_spec(spec: Any) -> Inputs:
     """Inputs of the shapes a plan was made with; `PlanError` where they cannot be read."""
     try:
-        made = [torch.empty(shape, dtype=getattr(torch, d), device="meta") for shape, d in spec]
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise PlanError(f"the plan's inputs {spec} cannot be read: {error}") from None
-    return Inputs(tuple(made), {})
+        if not isinstance(spec, dict):  # tensors alone
+            return Inputs(tuple(_tensor_of(each) for each in spec), {})
+        kwargs = {key: _of_spec(each) for key, each in spec["kwargs"].items()}
+        return Inputs(tuple(_of_spec(each) for each in spec["args"]), kwargs)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        fault = f"the plan's inputs {spec} cannot be read: {error}"
+        raise PlanError(fault, hint="give example_inputs, and they are not needed") from None
 
 
 def traced(model: nn.Module, example_inputs: Any, rules: Rules):

@@ -218,6 +218,8 @@ def index_select(call: Call, context: Context) -> None:
 def index(call: Call, context: Context) -> None:
     """``x[...]``: bounds of slices, positions in constant index tensors."""
     given = call.args[1]
+    if _is_cut_itself(call, context, given):
+        return
     parts = given if isinstance(given, tuple) else (given,)
     made: list[Any] = []
     dim = 0
@@ -237,6 +239,12 @@ def index(call: Call, context: Context) -> None:
         made.append(part if mask is None or mask.all() else _part(call, context, part, dim, mask))
         dim += width
     call.args = (call.args[0], tuple(made) if isinstance(given, tuple) else made[0], *call.args[2:])
+
+
+def _is_cut_itself(call: Call, context: Context, part: Any) -> bool:
+    """Whether an assignment is by a mask that has the channels of what it is assigned to."""
+    value = context.widths.value(part) if isinstance(part, fx.Node) else None
+    return call.use.rule.kind == "assign" and isinstance(value, Value) and bool(value.layers)
 
 
 def _consumes(part: Any) -> int:

@@ -14,7 +14,7 @@ from .ids import Freeze
 from .ignore import Ignore, check_patterns, ignored
 from .plans import GroupPlan, Plan, fingerprint, shapes_of
 from .score import Reduce, score
-from .select import Options, Selection, select
+from .select import Options, Selection, group_rate, select
 from .watch import Watch
 from .widths import Widths
 
@@ -50,7 +50,8 @@ def _write_plan(
     widths = Widths(analysis.flow, ids)
     shapes = shapes_of(analysis.tensors)
     kept = {param: found for param in analysis.flow.ids.slots if (found := widths.kept_of(param))}
-    rows = [_group_plan(analysis, i, selection, scores.get(i)) for i in range(len(analysis.groups))]
+    count = len(analysis.groups)
+    rows = [_group_plan(analysis, i, selection, options, scores.get(i)) for i in range(count)]
     return Plan.model_construct(
         fxprune=__version__,
         torch=torch.__version__,
@@ -68,13 +69,15 @@ def _write_plan(
 
 
 def _group_plan(
-    analysis: Analysis, i: int, selection: Selection, scores: np.ndarray | None
+    analysis: Analysis, i: int, selection: Selection, options: Options, scores: np.ndarray | None
 ) -> GroupPlan:
     group = analysis.groups[i]
     kept = int(selection.kept[group.channels].sum()) if group.prunable else len(group)
     reason = selection.reasons.get(i, "")
     if group.frozen is not None:
         reason = _with_node(group.frozen)
+    if not group_rate(group, options):
+        reason = ""  # what was not asked for is no shortfall
     found = None if scores is None else scores.tolist()
     return GroupPlan(name=group.name, size=len(group), kept=kept, reason=reason, scores=found)
 

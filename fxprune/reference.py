@@ -42,6 +42,8 @@ def jitters(flow: Flow, kept: Mapping[str, dict[int, Kept]]) -> tuple[Jitter, Ji
         value = tensors.get(name)
         if value is None or not value.is_floating_point() or not _constant(value):
             return None
+        if not bool(value.flatten()[0].isfinite()):
+            return None
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         size = max(abs(float(value.flatten()[0])), 0.2)
         return (torch.rand(value.shape, generator=generator, dtype=torch.float64) - 0.5) * size
@@ -122,7 +124,8 @@ class Masked(Cast):
         if not isinstance(value, Value) or not isinstance(found, Tensor) or mutates(n):
             return found
         infinite = found.is_floating_point() and not bool(found.sum().isfinite())
-        if (value.weight and n.op != "get_attr") or (infinite and self.widths.changed(value)):
+        computed = value.weight and n.op != "get_attr"
+        if (computed or infinite) and self.widths.changed(value):  # else a view stays a view
             # a dropped weight may be divided by its own norm, a dropped value inverted: 0 / 0 and
             # 1 / 0 only ever meet weights that are zero, but 0 * inf is no number
             keep = self._mask(value, found.shape).to(found.device)
@@ -194,7 +197,7 @@ def mask(tensor: Tensor, kept: dict[int, Kept]) -> Tensor:
             keep &= line.view([-1 if d == dim else 1 for d in range(tensor.ndim)])
     else:
         _keep_blocks(keep, kept, len(blocks))
-    return tensor * keep.to(tensor.device)
+    return torch.where(keep.to(tensor.device), tensor, torch.zeros_like(tensor))  # 0 * inf is not 0
 
 
 def _keep_blocks(keep: Tensor, kept: dict[int, Kept], left: int) -> None:

@@ -82,8 +82,9 @@ class Rule(BaseModel):
     ``ignores``  tensors of which at most shape and dtype are read
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
     ``defaults`` what arguments are that a call of the function leaves out
-    ``when``     what arguments must be for the rule to fit: a value, ``none``, ``tensor``,
-                 ``bool``, ``number``, a comparison (``"> 0"``), or a list of which one holds
+    ``when``     what arguments (of a module: attributes) must be for the rule to fit: a value,
+                 ``none``, ``tensor``, ``bool``, ``number``, a comparison (``"> 0"``), or a list of
+                 which one holds
     ``macs``     letters whose product is the op's multiply-accumulates
     ``fix``      how literals in a call of a movement are corrected
     """
@@ -254,6 +255,11 @@ class Use:
             return False
         bound = self.bound(*call)
         return all(_holds(wanted, bound.get(key)) for key, wanted in self.rule.when.items())
+
+    def misfits(self, module: torch.nn.Module) -> list[str]:
+        """The attributes of a module that are not what the rule's ``when`` asks for, as text."""
+        found = {key: getattr(module, key, None) for key in self.rule.when}
+        return [f"{k}={v}" for k, v in found.items() if not _holds(self.rule.when[k], v)]
 
 
 _COMPARISON = re.compile(r"(<=|>=|<|>) *(-?[\d.]+)")

@@ -37,6 +37,8 @@ def of_module(
     use = rules.of_module(type(module))
     if use is None or len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
         return None
+    if use.misfits(module):
+        return None
     rule, x = use.rule, args[0]
     if not x.is_meta:
         return None

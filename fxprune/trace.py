@@ -157,6 +157,7 @@ class _Tracer(TorchFunctionMode):
         self.graph = fx.Graph()
         self.original = model
         self.autocast = _autocast()
+        self.defaults = True  # whether inputs that are not tensors have defaults
         self.inside = 0  # how many leaf modules we are in
         self.leaf: tuple = ()  # the leaf module being run, and its arguments, for errors
         self.nodes: dict[int, fx.Node] = {}  # id(tensor) -> node
@@ -247,11 +248,14 @@ class _Tracer(TorchFunctionMode):
                 f"the example inputs do not fit {type(self.original).__name__}.forward: {error}",
                 hint="pass example_inputs=(x,) as forward takes them, or a dict of keywords",
             ) from None
-        for name, value in bound.arguments.items():
+        given = [*bound.arguments.values()]
+        last = max((i for i, value in enumerate(given) if has_tensors(value)), default=-1)
+        for i, (name, value) in enumerate(bound.arguments.items()):
+            self.defaults = i > last  # in Python, what has a default stands at the end
             kind = bound.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
                 bound.arguments[name] = tuple(
-                    self.placeholder(f"{name}_{i}", v) for i, v in enumerate(value)
+                    self.placeholder(f"{name}_{k}", v) for k, v in enumerate(value)
                 )
             elif kind is inspect.Parameter.VAR_KEYWORD:
                 bound.arguments[name] = {key: self.placeholder(key, v) for key, v in value.items()}
@@ -307,7 +311,8 @@ class _Tracer(TorchFunctionMode):
 
     def placeholder(self, name: str, value: Any) -> Any:
         if not has_tensors(value):
-            node = self.graph.placeholder(name, default_value=value)
+            default = value if self.defaults else inspect.Signature.empty
+            node = self.graph.placeholder(name, default_value=default)
             node.meta["val"] = value
             self.check_input(node, value)
             return value

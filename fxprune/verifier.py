@@ -10,7 +10,7 @@ statistics over channels that went, the reference normalises over the kept ones.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -36,7 +36,7 @@ _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
 @dataclass(frozen=True)
 class Verification:
     """What was compared. ``difference`` is the largest, relative to the largest reference value;
-    ``note`` says why numbers were not compared."""
+    ``elements`` counts the finite ones; ``note`` says why numbers were not compared."""
 
     shapes: bool
     difference: float | None = None
@@ -169,19 +169,25 @@ class _Run:
         copy = skeleton(self.model)
         for module in copy.modules():
             module.__dict__["training"] = False
-        buffers = {name: b.clone() for name, b in copy.named_buffers(remove_duplicate=False)}
         real = self.real()
-        return _tensors(functional_call(copy, buffers, real.args, real.kwargs))
+        return _tensors(functional_call(copy, self.state(copy), real.args, real.kwargs))
+
+    def state(self, module: nn.Module) -> dict[str, Tensor]:
+        """Copies of what a run may change: buffers, and where an op is unknown, all parameters."""
+        found = dict(module.named_buffers(remove_duplicate=False))
+        if self.flow.unknown:
+            found |= dict(module.named_parameters())
+        return {name: tensor.clone() for name, tensor in found.items()}
 
     def pruned_itself(self) -> None:
         """Run the module as its user will: generated code, own dtype."""
         pruned = self.pruned
         flags = {module: module.training for module in pruned.modules()}
-        buffers = {name: b.clone() for name, b in pruned.named_buffers(remove_duplicate=False)}
+        state = self.state(pruned)
         for module in flags:
             module.training = False
         try:
-            functional_call(pruned, buffers, tuple(self.arguments()))
+            functional_call(pruned, state, tuple(self.arguments()))
         except Exception as error:
             message = f"{type(error).__name__}: {_first_line(error)}"
             raise VerificationError(
@@ -206,8 +212,11 @@ class _Run:
                 f"the pruned network differs from the {kind} by {worst:.2e} of its largest output",
                 hint="this is a defect of fxprune or of a rule; a dump (dump=) shows every step",
             )
-        elements = sum(t.numel() for t in expected)
+        elements = sum(int(torch.isfinite(t).sum()) for t in expected)
         name = str(own).removeprefix("torch.")
+        if not elements and any(t.numel() for t in expected):
+            what = f"no output of the {kind} is finite on {self.inputs.describe()} ({name})"
+            return Verification(True, note=what)
         return Verification(True, worst, elements, name, self.inputs.describe(), kind)
 
 
@@ -246,8 +255,10 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _opened(value: Any) -> Any:
     """Containers pytree does not know, as dicts."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {key: _opened(getattr(value, key)) for key in value.__dataclass_fields__}
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _opened(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
         return {key: _opened(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_opened(item) for item in value]
     return value

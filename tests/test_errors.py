@@ -7,6 +7,7 @@ Nothing the user hands in may end in a bare KeyError, IndexError or AttributeErr
 from __future__ import annotations
 
 import copy
+import fractions
 import json
 import math
 import pickle
@@ -61,6 +62,17 @@ class Two(nn.Module):
 
     def forward(self, x):
         return self.b(self.between(self.a(x)))
+
+
+class Last(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Any]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
 
 
 def raised(kind: type[FxpruneError], call: Callable[[], Any]) -> FxpruneError:
@@ -139,8 +151,23 @@ def test_a_rate_that_is_no_number(rate):
     assert error.fault == f"rate must be a number, not {type(rate).__name__}"
 
 
-def test_a_rate_from_numpy_is_a_number():
-    assert fxprune.prune(small(), X, rate=np.float64(0.5)).get_submodule("0").weight.shape[0] == 4
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.float16, fractions.Fraction])
+def test_a_rate_from_numpy_is_a_number(kind):
+    options = {"rate": kind(0.5), "max_rate": kind(0.75), "rates": {"3": kind(0.25)}}
+    pruned = fxprune.prune(small(), X, **options)
+    assert pruned.get_submodule("0").weight.shape[0] == 4
+    assert pruned.get_submodule("3").weight.shape[0] == 5
+    plan = pruned.fxprune.plan
+    assert fxprune.Plan.from_json(plan.to_json()) == plan
+
+
+def test_a_fraction_outside_its_range():
+    error = raised(OptionError, lambda: fxprune.prune(small(), X, rate=fractions.Fraction(40)))
+    assert error.fault == "rate=40 is outside [0, 1)" and "0.4 for 40 %" in error.hint
+
+
+def test_a_flag_from_numpy_is_no_number():
+    raised(OptionError, lambda: fxprune.prune(small(), X, rate=np.bool_(False)))
 
 
 @pytest.mark.parametrize("rate", [1.0, -1, "x"])
@@ -658,6 +685,29 @@ def test_a_child_whose_name_a_graph_module_needs(name):
         assert pruned(X).shape == (2, 2, 8, 8)
 
 
+TAKEN = ["graph", "code", "meta", "recompile", "fxprune", "_graph", "self", "class", "training"]
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "child"])
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_name_that_a_graph_module_needs(kind, name):
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1))
+    table = {"parameter": model._parameters, "buffer": model._buffers, "child": model._modules}
+    table[kind][name] = nn.ReLU() if kind == "child" else nn.Parameter(torch.ones(8))
+    error = raised(ModelError, lambda: fxprune.prune(model, X))
+    assert error.fault.startswith(f"{kind} `{name}` ") and "rename it" in error.hint
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "child"])
+def test_a_keyword_as_a_name_further_in(kind):
+    model = small()
+    conv = model[0]
+    table = {"parameter": conv._parameters, "buffer": conv._buffers, "child": conv._modules}
+    table[kind]["class"] = nn.ReLU() if kind == "child" else nn.Parameter(torch.ones(8))
+    error = raised(ModelError, lambda: fxprune.prune(model, X))
+    assert "`0.class`" in error.fault and "keyword" in error.hint
+
+
 # -- unknown ops -----------------------------------------------------------------------------------
 
 
@@ -878,7 +928,22 @@ def test_an_unknown_field_of_a_plan_is_named():
     assert error.fault.startswith("not a plan: colour: ")
 
 
-@pytest.mark.parametrize("inputs", [[["x"]], [[[2, 3, 8, 8], "floaty"]], 3])
+NO_INPUTS = [
+    [["x"]],
+    [[[2, 3, 8, 8], "floaty"]],
+    3,
+    {},
+    {"args": 3, "kwargs": {}},
+    {"args": [{"set": []}], "kwargs": {}},
+    {"args": [{"tensor": [[2], "floaty"]}], "kwargs": {}},
+    {"args": [], "kwargs": [1]},
+    {"args": [{"a": 1, "b": 2}], "kwargs": {}},
+    {"args": [{"float": "x"}], "kwargs": {}},
+    {"args": [{"dict": [[{"list": []}, 1]]}], "kwargs": {}},
+]
+
+
+@pytest.mark.parametrize("inputs", NO_INPUTS)
 def test_a_plan_whose_inputs_are_no_shapes(made, inputs):
     error = raised(PlanError, lambda: fxprune.apply(small(), edited(made, inputs=inputs)))
     assert "inputs" in error.fault
@@ -905,6 +970,12 @@ def test_verify_of_another_pruned_network(made):
 
 def test_verify_of_what_is_no_module(made):
     raised(ModelError, lambda: fxprune.verify(small(), None, edited(made)))
+
+
+def test_verify_of_a_network_that_was_not_pruned(made):
+    error = raised(ModelError, lambda: fxprune.verify(small(), small(), edited(made)))
+    assert error.fault == "a pruned network is needed, not Sequential"
+    assert error.hint == "pass what fxprune.prune or fxprune.apply gave"
 
 
 # -- explain ---------------------------------------------------------------------------------------
@@ -1064,3 +1135,51 @@ def test_an_empty_rule_file_is_fine(text, tmp_path):
     before = len(rules.current().rules)
     rules.load(file)
     assert len(rules.current().rules) == before
+
+
+@pytest.mark.parametrize("name", [0, None, nn.Conv2d, nn.ReLU(), ["0"], 2.5])
+def test_explaining_what_is_no_name(name):
+    analysis = fxprune.analyze(small(), X)
+    error = raised(OptionError, lambda: analysis.explain(name))
+    assert error.fault == f"explain takes names, not a {type(name).__name__}" and error.hint
+    if name is not None:
+        raised(OptionError, lambda: analysis.explain("0", name))
+
+
+# -- shortfalls ------------------------------------------------------------------------------------
+
+
+def test_of_which_nothing_was_asked_gave_no_less():
+    report = fxprune.prune(small(), X, rate=0).fxprune.report
+    assert not report.shortfalls() and "gave less" not in str(report)
+
+
+def test_a_layer_of_which_nothing_was_asked_gave_no_less():
+    def short(**options):
+        rows = fxprune.prune(small(), X, rate=0.5, **options).fxprune.report.shortfalls()
+        return [row.name for row in rows]
+
+    assert short() == ["5"] and short(ignore="3") == ["3", "5"]
+    assert short(ignore="3", rates={"3": 0, "5": 0}) == []
+
+
+# -- verification ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("last", [lambda y: y / 0, lambda y: torch.log(-1 - y.abs())])
+def test_outputs_of_which_none_is_finite_are_not_called_equal(last):
+    model = nn.Sequential(Two(torch.relu), Last(last))
+    report = fxprune.prune(model, X, rate=0.5).fxprune.report
+    assert report.verification.difference is None
+    note = "no output of the masked original is finite on 2x3x8x8 (float64)"
+    assert report.verification.note == note
+    assert f"shapes proven; numbers not compared: {note}" in str(report)
+
+
+def test_outputs_that_are_finite_are_compared_and_counted():
+    model = nn.Sequential(Two(torch.relu), Last(lambda y: torch.where(y > 0, y, math.nan)))
+    pruned = fxprune.prune(model, X, rate=0.5)
+    found = pruned.fxprune.report.verification
+    assert found.difference < 1e-9 and 0 < found.elements < 2 * 2 * 8 * 8
+    next(pruned.parameters()).data.add_(1)
+    raised(VerificationError, lambda: fxprune.verify(model, pruned, pruned.fxprune.plan))

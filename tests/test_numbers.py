@@ -103,6 +103,12 @@ def test_a_python_argument_is_the_traced_one_or_an_error(value):
     assert torch.equal(copy.deepcopy(pruned)(X, value), pruned(X, value))
 
 
+def test_a_python_argument_may_stand_before_a_tensor():
+    model = net(lambda y, scale, z: y.sum() * scale + z)
+    pruned = fxprune.prune(model, (X, 2.0, X.mean()), rate=0.5)
+    assert pruned(X, 2.0, X.mean()).shape == (2, 4, 8, 8)
+
+
 # -- what the graph does not hold is said ----------------------------------------------------------
 
 

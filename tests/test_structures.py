@@ -6,6 +6,8 @@ judged by `zoo_small`, which knows nothing of fxprune but the kept indices in th
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import math
 import time
 import warnings
@@ -1783,3 +1785,152 @@ def test_unflatten_of_pixels_keeps_its_sizes():
     pruned = fxprune.prune(UnflattenPixels(), torch.randn(2, 3, 4, 4), rate=0.5)
     assert pruned.u.unflattened_size == (4, 4)
     assert pruned(torch.randn(2, 3, 4, 4)).shape == (2, 2, 4, 4)
+
+
+class Causal(nn.Module):
+    """Attention to what came before: a buffer holds what is added to the others' weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(8, 8) for _ in range(4))
+        self.register_buffer("mask", torch.full((6, 6), -math.inf).triu(1))
+        self.register_buffer("best", torch.tensor(math.inf))
+        self.register_buffer("hidden", torch.full((8,), -math.inf))
+
+    def forward(self, x):
+        weights = (self.q(x) @ self.k(x).mT / 8**0.5 + self.mask).softmax(-1)
+        return self.o((weights @ self.v(x)).maximum(self.hidden))
+
+
+def test_a_mask_of_infinities_in_a_buffer_is_no_obstacle():
+    model, x = Causal().double().eval(), torch.randn(2, 6, 8, dtype=torch.float64)
+    pruned = fxprune.prune(model, x, rate=0.5)
+    assert widths(pruned)["q"] == 4 and widths(pruned)["v"] == 4
+    assert pruned.hidden.tolist() == [-math.inf] * 4
+    narrow = masked(model, pruned.fxprune.plan.kept)
+    narrow.hidden.fill_(-math.inf)
+    assert gap(narrow(x), pruned(x)) < 1e-9
+    assert pruned.fxprune.report.verification.difference < 1e-9
+
+
+class Renormed(nn.Module):
+    """Rows of a table are scaled down to a norm over all channels, and written back."""
+
+    def __init__(self, look: str):
+        super().__init__()
+        made = nn.EmbeddingBag if look == "bag" else nn.Embedding
+        self.e = made(11, 16, max_norm=None if look == "call" else 1.0)
+        self.a, self.o, self.look = nn.Linear(16, 8), nn.Linear(8, 3), look
+
+    def forward(self, i):
+        if self.look == "call":
+            return self.o(self.a(F.embedding(i, self.e.weight, None, 1.0)))
+        return self.o(self.a(self.e(i)))
+
+
+@pytest.mark.parametrize("look", ["module", "bag", "call"])
+def test_rows_of_a_largest_norm_keep_their_channels(look):
+    """A norm over fewer channels is another one; and the model's own rows are not changed."""
+    model, x = Renormed(look), torch.randint(0, 11, (2, 7))
+    rows = model.e.weight.detach().clone()
+    pruned = fxprune.prune(model, x, rate=0.5)
+    assert widths(pruned)["a"] == 4 and pruned.a.in_features == 16
+    assert torch.equal(model.e.weight, rows) and torch.equal(pruned.e.weight, rows)
+    reference = masked(model, pruned.fxprune.plan.kept)
+    assert gap(reference(x), pruned(x)) < 1e-5
+
+
+def test_why_an_embedding_of_a_largest_norm_is_not_known():
+    analysis = fxprune.analyze(Renormed("module"), torch.randint(0, 11, (2, 7)))
+    assert list(analysis.flow.unknown.values()) == ["has no rule for max_norm=1.0"]
+
+
+class Attributes(dict):
+    """A dict whose items are attributes too: every name that is no item is a KeyError."""
+
+    __getattr__ = dict.__getitem__
+
+
+@dataclasses.dataclass
+class Output:
+    y: Tensor
+
+
+WRAPS = {
+    "a dict with attributes": lambda y: Attributes(y=y),
+    "a defaultdict": lambda y: collections.defaultdict(list, {"y": y}),
+    "dataclasses in a list": lambda y: [Output(y)],
+    "a dict of dicts in tuples": lambda y: ({"a": Attributes(y=y)},),
+}
+
+
+class Wrapped(nn.Module):
+    def __init__(self, wrap):
+        super().__init__()
+        self.a, self.o, self.wrap = nn.Linear(5, 8), nn.Linear(8, 3), wrap
+
+    def forward(self, x):
+        return self.wrap(self.o(self.a(x)))
+
+
+@pytest.mark.parametrize("name", WRAPS)
+def test_outputs_in_any_container_are_compared(name):
+    model = Wrapped(WRAPS[name])
+    pruned = fxprune.prune(model, torch.randn(2, 5), rate=0.5)
+    assert pruned.fxprune.report.verification.elements == 6
+    pruned.o.weight.data.mul_(2)
+    with pytest.raises(fxprune.errors.VerificationError, match="differs from"):
+        fxprune.verify(model, pruned, pruned.fxprune.plan)
+
+
+class Nested(nn.Module):
+    """Takes images in any nest, and things that are no tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.o = conv(3, 8), conv(8, 2)
+
+    def forward(self, images, rows=None, scale=1.0, mode=None, flip=False):
+        found = images if isinstance(images, (tuple, list)) else [images]
+        found = [each["x"] if isinstance(each, dict) else each for each in found]
+        made = [self.o(self.a(each)) * (2 if mode == "twice" else 1) for each in found]
+        made = [each.flip(1) if flip else each for each in made]
+        made = [each if rows is None else each[rows] for each in made]
+        if scale == math.inf:
+            return made
+        return [each * scale for each in made]
+
+
+NESTS = {
+    "a list": ([image_of(3), image_of(3)],),
+    "a list of one": ([image_of(3)],),
+    "a tuple of dicts": (({"x": image_of(3)}, {"x": image_of(3), 2: None}),),
+    "a number": (image_of(3), None, 2.5),
+    "an infinite number": (image_of(3), None, math.inf),
+    "a whole number, a string and a flag": (image_of(3), None, 2, "twice", True),
+    "whole numbers": (image_of(3), torch.tensor([1, 0, 1])),
+    "names": {"images": [image_of(3)], "scale": 2.5, "mode": None, "flip": True},
+}
+
+
+@pytest.mark.parametrize("name", NESTS)
+def test_a_plan_knows_the_inputs_it_was_made_with(name):
+    model = Nested().double()
+    pruned = fxprune.prune(model, NESTS[name], rate=0.5)
+    plan = fxprune.Plan.from_json(pruned.fxprune.plan.to_json())
+    assert plan == pruned.fxprune.plan
+    again = fxprune.apply(model, plan)
+    assert again.code == pruned.code and widths(again) == widths(pruned)
+    assert again.fxprune.report.inputs == pruned.fxprune.report.inputs
+    assert fxprune.verify(model, pruned, plan).difference < 1e-9
+
+
+def test_a_plan_of_inputs_that_no_file_holds_needs_them_again():
+    class Odd(Nested):
+        def forward(self, images, dtype):
+            return self.o(self.a(images)).to(dtype)
+
+    model, inputs = Odd().double(), (image_of(3), torch.float64)
+    pruned = fxprune.prune(model, inputs, rate=0.5)
+    assert pruned.fxprune.plan.inputs is None
+    assert widths(fxprune.apply(model, pruned.fxprune.plan, inputs)) == widths(pruned)

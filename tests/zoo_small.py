@@ -2430,3 +2430,79 @@ def channel_attention(m, x):
 @odd(image(), a=conv(3, 8), b=conv(4, 6), o=conv(6, 2), half="b 3")
 def negative_pad(m, x):
     return m.o(m.b(F.pad(m.a(x), (0, 0, 0, 0, -2, -2))))
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), half="a 4")
+def mask_set_to_zero(m, x):
+    x = m.a(x)
+    x[x < 0.1] = 0
+    return m.o(x.exp())
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 8), o=conv(8, 2), half="a 4, b 4")
+def mask_set_to_number(m, x):
+    y = m.b(x)
+    x = m.a(x)
+    x[y > x] = 0.5
+    return m.o(x * y)
+
+
+@odd(image(), a=conv(3, 8), o=conv(1, 2), half="a 4")
+def mask_set_to_zero_and_summed(m, x):
+    x = m.a(x)
+    x[x < 0.1] = 0
+    return m.o(x.sum(1, keepdim=True))
+
+
+@odd(image(), s=conv(3, 6), a=conv(6, 8), o=conv(1, 2), half="s 3", frozen="mixes channels")
+def mask_set_to_number_and_summed(m, x):
+    x = m.a(m.s(x))
+    x[x < 0.1] = 0.5
+    return m.o(x.sum(1, keepdim=True))
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), w=par(8, 3, 1, 1), half="w 4")
+def mask_set_in_weights(m, x):
+    w = m.w * 1.0
+    w[w < 0] = 0
+    return m.o(F.conv2d(x, w))
+
+
+@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), t=par(8),
+     half="s 3", frozen="single elements")
+def mask_set_to_token(m, x):
+    y = m.a(m.s(x))
+    y[x[..., 0] > 0] = m.t
+    return m.o(y)
+
+
+@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), half="s 3",
+     frozen="single elements")
+def rows_set_by_positions(m, x):
+    y = m.a(m.s(x))
+    y[:, x[0, :, 0].argsort()[:2]] = 0.0
+    return m.o(y)
+
+
+@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), half="s 3",
+     frozen="constant or an input",
+     k=torch.arange(96).view(2, 6, 8) % 3 > 0)
+def constant_mask_set(m, x):
+    y = m.a(m.s(x))
+    y[m.k] = 0.0
+    return m.o(y.exp())
+
+
+@odd(tensor(2, 6, 5), a=nn.Linear(5, 8), o=nn.Linear(8, 3), half="a 4",
+     k=torch.arange(12).view(2, 6) > 5)
+def constant_rows_set(m, x):
+    y = m.a(x)
+    y[m.k] = 0.0
+    return m.o(y.exp())
+
+
+@odd(image(8), s=conv(8, 6), a=conv(6, 8), o=conv(8, 2), half="s 3", frozen="constant or an input")
+def mask_of_the_input_set(m, x):
+    y = m.a(m.s(x))
+    y[x > 0] = 0
+    return m.o(y)
