@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from .verifier import Verification
@@ -17,6 +18,9 @@ class Row:
     kept: int
     layers: int
     reason: str = ""
+
+    def plus(self, other: Row) -> Row:
+        return replace(self, size=self.size + other.size, kept=self.kept + other.kept)
 
 
 @dataclass(repr=False)
@@ -70,13 +74,27 @@ class Report:
         short = self.shortfalls()
         if short:
             lines.append(f"  {len(short)} of {len(self.groups)} groups gave less than asked:")
-            width = max(len(row.name) for row in short[:12])
-            lines += [
-                f"    {row.name:<{width}}  {row.kept:>5} of {row.size:<5} kept  {row.reason}"
-                for row in short[:12]
-            ]
-            lines += [f"    and {len(short) - 12} more"] if len(short) > 12 else []
+            lines += _listed(_joined(short))
         return "\n".join(lines)
+
+
+def _joined(rows: list[Row]) -> list[Row]:
+    """Rows of one layer that differ only in the node that is to blame, as one."""
+    found: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        key = row.name, re.sub(r"%\w+", "%", row.reason)
+        known = found.get(key)
+        found[key] = known.plus(row) if known else row
+    return list(found.values())
+
+
+def _listed(rows: list[Row], most: int = 12) -> list[str]:
+    width = max(len(row.name) for row in rows[:most])
+    lines = [
+        f"    {row.name:<{width}}  {row.kept:>5} of {row.size:<5} kept  {row.reason}"
+        for row in rows[:most]
+    ]
+    return [*lines, f"    and {len(rows) - most} more"] if len(rows) > most else lines
 
 
 def _change(label: str, before: int, after: int) -> str:

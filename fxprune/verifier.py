@@ -174,7 +174,7 @@ class _Run:
 
     def state(self, module: nn.Module) -> dict[str, Tensor]:
         """Copies of what a run may change: buffers, and where an op is unknown, all parameters."""
-        found = dict(module.named_buffers(remove_duplicate=False))
+        found = dict(module.named_buffers())
         if self.flow.unknown:
             found |= dict(module.named_parameters())
         return {name: tensor.clone() for name, tensor in found.items()}

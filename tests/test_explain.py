@@ -240,3 +240,22 @@ def test_what_is_returned_is_short_at_the_prompt(small):
 def test_a_report_is_shown_as_it_is_printed():
     report = fxprune.prune(SmallNet(), torch.zeros(2, 3, 16, 16), verify="shapes").fxprune.report
     assert repr(report) == str(report) and "channels" in str(report)
+
+
+class Fusion(torch.nn.Module):
+    """Two maps joined by learned weights, as in a BiFPN."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)
+        self.w = torch.nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        x = self.a(x)
+        return self.b(self.w[0] * x + self.w[1] * x.relu() + self.w[2] * x.tanh())
+
+
+def test_what_stays_for_the_same_reason_is_one_line():
+    report = fxprune.prune(Fusion(), torch.rand(2, 3, 8, 8), rate=0.5).fxprune.report
+    (line,) = [line for line in str(report).splitlines() if line.startswith("    w ")]
+    assert "3 of 3" in line and "is picked alone by %getitem" in line

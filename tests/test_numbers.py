@@ -229,3 +229,18 @@ def test_an_output_that_cannot_be_looked_into_is_named(wrapped):
 class Box:
     def __init__(self, y):
         self.y = y
+
+
+# -- shared tensors --------------------------------------------------------------------------------
+
+
+def test_one_norm_under_two_names():
+    class Twice(Net):
+        def forward(self, x):
+            return self.b(self.second(self.first(self.a(x))))
+
+    model = Twice(None)
+    model.first = model.second = nn.BatchNorm2d(8)
+    pruned = fxprune.prune(model.double().eval(), X, rate=0.5)
+    expected = masked(model, pruned.fxprune.plan.kept)(X)
+    torch.testing.assert_close(pruned(X), expected)
