@@ -712,8 +712,8 @@ class _Run:
         dim, rank = layer.varying[0], layer.ids.ndim
         at = 2 * (rank - 1 - dim)
         only = [0] * at + pads[at : at + 2]
-        ids = torch.nn.functional.pad(layer.ids, only)
-        empty = ids == 0
+        ids = torch.nn.functional.pad(layer.ids, only, value=-1)
+        empty = ids < 0  # 0 stands for elements without a channel, which there may be
         ids[empty] = self.ids.fresh(int(empty.sum()))
         return ids
 

@@ -239,6 +239,20 @@ def pixels_meet_a_table(m, x):
     return m.fc(m.read(y.flatten(2)).flatten(1))
 
 
+@case(
+    6 + 2,
+    frozen={"b": "meets elements that have no channel"},
+    a=conv(3, 6),
+    b=conv(7, 9, bias=False),
+    fc=fc(9),
+)
+def pad_after_a_channel_of_zeros(m, x):
+    """The zeros that were there stay, those of the pad go with what they meet."""
+    y = m.a(x)
+    y = torch.cat([y, y.new_zeros(y.shape[0], 1, *y.shape[2:])], 1)
+    return pooled(m, F.pad(y, (0, 0, 0, 0, 1, 1)) + m.b(y))
+
+
 @case(3, frozen={"a": "would lose whole blocks"}, a=conv(3, 8), w=weight(2 * 64, 3, 4), fc=fc(3))
 def capsules_squashed_by_their_length(m, x):
     """A capsule goes as a whole, but the weights keep one matrix for each."""
