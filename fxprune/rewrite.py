@@ -421,7 +421,10 @@ class _Writer:
                 name: None if t is None else self.tensor(self._name(f"{target}.{name}"), t)
                 for name, t in getattr(old, table).items()
             }
-        new.__dict__["_modules"] = dict(old._modules)
+        new.__dict__["_modules"] = {
+            name: None if child is None else self.submodule(f"{target}.{name}", {})
+            for name, child in old._modules.items()
+        }
         for name in (
             "_backward_hooks",
             "_forward_hooks",

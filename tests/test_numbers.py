@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fxprune
+from fxprune import rules
 from fxprune.errors import ModelError, TraceError
 
 X = torch.rand(2, 3, 8, 8, dtype=torch.float64)
@@ -244,3 +245,39 @@ def test_one_norm_under_two_names():
     pruned = fxprune.prune(model.double().eval(), X, rate=0.5)
     expected = masked(model, pruned.fxprune.plan.kept)(X)
     torch.testing.assert_close(pruned(X), expected)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A norm with an activation of its own, which asks for `training` in a branch, as timm's."""
+
+    def __init__(self, width):
+        super().__init__(width)
+        self.act = nn.PReLU()
+
+    def forward(self, x):
+        whole = True if self.training else self.running_mean is None
+        mean, var = self.running_mean, self.running_var
+        return self.act(nn.functional.batch_norm(x, mean, var, self.weight, self.bias, whole))
+
+
+RULE = """
+norm_act:
+  dims: "n c *s, c?, c?, c?, c? -> n c *s"
+  operands: [x, running_mean, running_var, weight, bias]
+  sizes: {num_features: c}
+  zero: "no"
+  modules: [test_numbers.NormAct(x)]
+"""
+
+
+def test_a_module_with_modules_of_its_own_follows_train_and_shares_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(rules, "_current", rules.current())
+    (tmp_path / "mine.yaml").write_text(RULE)
+    rules.load(tmp_path / "mine.yaml")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), NormAct(8), nn.Conv2d(8, 4, 1)).double().eval()
+    pruned = fxprune.prune(model, X, rate=0.5).train()
+    assert not pruned.fxprune.report.warnings and not model[1].act.training
+    assert {id(p) for p in pruned.parameters()}.isdisjoint(map(id, model.parameters()))
+    before = pruned.get_submodule("1").running_mean.clone()
+    pruned(X)
+    assert not torch.equal(pruned.get_submodule("1").running_mean, before)
