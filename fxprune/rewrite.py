@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from . import literals, movement
 from .flow import Flow
@@ -213,7 +212,7 @@ class _Writer:
         args, kwargs = self.pinned((node.args, dict(node.kwargs)))
         if (args, kwargs) == (node.args, node.kwargs):
             return node
-        if not any(isinstance(a, fx.Node) for a in pytree.tree_leaves((args, kwargs))):
+        if not leaves((args, kwargs), fx.Node):
             return old
         return self.graph.call_function(node.target, *self.mapped((args, kwargs)))
 
