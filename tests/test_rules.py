@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import textwrap
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import fxprune
 from fxprune import rules as rule_files
+from fxprune import samples
 from fxprune.errors import RuleError
 from fxprune.probe import Finding, probe
 from fxprune.rules import Rules, read
@@ -40,6 +42,14 @@ def written(tmp_path: Path, text: str) -> Path:
 def test_shipped_rule_is_what_its_ops_do(rule):
     findings = probe(rule)
     assert not findings, "\n".join(map(str, findings))
+
+
+def test_a_sample_of_a_library_that_is_not_installed_is_left_out(monkeypatch):
+    (rule,) = (rule for rule in _SHIPPED if rule.name == "batch_norm_act")
+    monkeypatch.setitem(sys.modules, "timm", None)
+    for module in (samples, sys.modules["fxprune.probe"]):
+        monkeypatch.setattr(module, "resolve", lambda name: None)
+    assert not probe(rule)
 
 
 def test_names_of_shipped_rules_are_unique():
