@@ -14,6 +14,17 @@ from .trees import leaves
 Standin = Callable[[torch.Tensor, bool, bool], torch.Tensor]
 
 
+_IN_PLACE = frozenset(
+    f"__i{name}__"
+    for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+)
+
+
+def in_place(name: str) -> bool:
+    """Whether an op of this name changes its first operand: ``add_``, ``__iand__``."""
+    return (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+
+
 def to_meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:
     """The tensor without its data; `known` remembers what was converted."""
     if tensor.is_meta:
@@ -33,7 +44,7 @@ def evaluate(func, args, kwargs, standin: Standin, *, real: bool = False):
     tensors = leaves((args, kwargs), torch.Tensor)
     meta = not real and any(t.is_meta for t in tensors)
     name = getattr(func, "__name__", "")
-    changed = (not meta and name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+    changed = (not meta and in_place(name)) or name == "__setitem__"
     device = torch.device("meta" if meta else "cpu")
     if meta and name in ("__getitem__", "getitem"):
         args = (args[0], _without_masks(args[1]))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import RuleError
-from .meta import evaluate
+from .meta import evaluate, in_place
 from .pattern import Atom, Operand, Pattern, bind
 from .rules import Rule, Rules, Use
 from .sizes import plain
@@ -131,7 +131,7 @@ def _leading(operand: Operand) -> Atom | None:
 def of_call(rules: Rules, func: Callable, args: tuple, kwargs: Mapping[str, Any]) -> Tensor | None:
     """The result of a function or method on meta tensors; None where it has to be computed."""
     name = getattr(func, "__name__", "")
-    if name.endswith("_") and not name.endswith("__"):
+    if in_place(name):
         return None
     use = rules.of_function(func, (args, dict(kwargs)))
     if use is None and getattr(torch.Tensor, name, None) is func:

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import shapes, sizes
 from .errors import FxpruneError, InputError, ModelError, TraceError
-from .meta import evaluate, to_meta
+from .meta import evaluate, in_place, to_meta
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
 from .trees import has_tensors, leaves, mapped
@@ -165,7 +165,6 @@ class _Tracer(TorchFunctionMode):
         self.exprs: dict[Any, fx.Node] = {}
         self.standins: dict[int, torch.Tensor] = {}
         self.asked: dict[Any, fx.Node] = {}  # dtype or device -> the node it was asked of
-        self.devices: dict[int, fx.Node] = {}
         self.tensor_constants: dict[str, torch.Tensor] = {}
         self.metas: dict[int, Any] = {}
         self.notes: list[tuple[str, Source | None]] = []  # what the graph does not hold, where
@@ -682,9 +681,8 @@ def mutates(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if node.op == "call_module" or node.op == "get_attr":
         return False
-    inplace = name.endswith("_") and not name.endswith("__")
     return (
-        inplace
+        in_place(name)
         or node.target is operator.setitem
         or node.kwargs.get("inplace") is True
         or "out" in node.kwargs

@@ -549,6 +549,23 @@ def test_a_counter_in_forward_does_not_count_while_tracing():
     assert model.count == 0
 
 
+def test_a_mask_changed_by_an_operator_is_left_alone_and_seen_by_its_views():
+    def forward(self, x):
+        mask, more = self.mask, self.more
+        part = mask[:2]
+        mask |= more
+        return x[:, :2] * part
+
+    kept, more = torch.tensor([True, False, False]), torch.tensor([False, True, False])
+    model = net(forward, mask=kept[:, None, None].clone(), more=more[:, None, None])
+    x = picture()
+    graph = graph_of(model, x)
+    assert model.mask.sum() == 1
+    expected = model(x)
+    model.mask.copy_(kept[:, None, None])
+    torch.testing.assert_close(graph(x), expected)
+
+
 def test_statistics_do_not_move_while_tracing_a_model_in_training():
     model = net(lambda self, x: self.b(x), b=block()).double().train()
     before = copy.deepcopy(model.state_dict())
