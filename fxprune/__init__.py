@@ -10,21 +10,24 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import criteria, errors, rules
+    from . import criteria, errors, models, recipes, rules
     from .analysis import Analysis
-    from .api import analyze, apply, plan, prune, verify
+    from .api import analyze, apply, count, plan, prune, verify
     from .criteria import criterion
     from .errors import FxpruneError
     from .plans import Plan
+    from .sparse import SparsityPenalty
     from .verifier import Verification
 
 _HOMES = {
     "Analysis": "analysis",
     "FxpruneError": "errors",
     "Plan": "plans",
+    "SparsityPenalty": "sparse",
     "Verification": "verifier",
     "analyze": "api",
     "apply": "api",
+    "count": "api",
     "criterion": "criteria",
     "plan": "api",
     "prune": "api",
@@ -34,14 +37,18 @@ __all__ = [
     "Analysis",
     "FxpruneError",
     "Plan",
+    "SparsityPenalty",
     "Verification",
     "analyze",
     "apply",
+    "count",
     "criteria",
     "criterion",
     "errors",
+    "models",
     "plan",
     "prune",
+    "recipes",
     "rules",
     "verify",
 ]
@@ -53,7 +60,7 @@ def __getattr__(name: str):
 
     if name in _HOMES:
         found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    elif name in ("criteria", "errors", "rules"):
+    elif name in ("criteria", "errors", "models", "recipes", "rules"):
         found = importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module 'fxprune' has no attribute {name!r}")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from . import counters
 from . import rules as rule_files
 from .check import check_choice, check_model, tensors_of
 from .errors import RuleError
@@ -17,7 +18,6 @@ from .flow import Flow, Mixing, flow
 from .groups import Group, Groups, groups
 from .ids import Freeze
 from .inputs import Inputs, traced
-from .letters import new_size
 from .trace import describe
 from .watch import Watch, silent
 
@@ -47,6 +47,7 @@ class Analysis:
     all_groups: Groups
     tensors: Mapping[str, Tensor]
     mixing: Mixing = "norms"
+    scatter: bool = False
     frontend: str = "symbolic"
     warnings: list[str] = field(default_factory=list)
 
@@ -85,31 +86,17 @@ class Analysis:
     def macs(self, kept: Tensor | None = None) -> int:
         """Multiply-accumulates of convolutions and linear layers for one item of the batch; with
         only the ids in the mask `kept`, where given."""
-        total = 0
-        for use in self.flow.uses.values():
-            if use.rule.macs:
-                product = 1
-                for letter in _letters(use.rule.macs, use.binding.sizes):
-                    old = use.binding.sizes[letter]
-                    product *= old if kept is None else new_size(letter, use.layers, kept, old)
-                total += product
-        return total // max(self.batch, 1)
+        return counters.macs(self.flow, self.batch, kept)
+
+    def counts(self, kept: Tensor | None = None) -> counters.Counts:
+        """Parameters, MACs and FLOPs; with only the ids in the mask `kept`, where given."""
+        return counters.counts(self.flow, self.tensors, self.batch, kept)
 
     @property
     def batch(self) -> int:
         first = next((v for v in self.graph.graph.nodes if v.op == "placeholder"), None)
         value = first.meta["val"] if first is not None else None
         return int(value.shape[0]) if isinstance(value, Tensor) and value.ndim else 1
-
-
-def _letters(text: str, sizes: Mapping[str, int]) -> list[str]:
-    found = []
-    for word in text.split():
-        if word.startswith("*"):
-            found += [n for n in sizes if n != word[1:] and n.rstrip("0123456789") == word[1:]]
-        else:
-            found.append(word)
-    return found
 
 
 def _frozen(group: Group) -> Frozen:
@@ -132,6 +119,7 @@ def analyze(
     example_inputs: Any = None,
     *,
     mixing: Mixing = "norms",
+    scatter: bool = False,
     strict: bool = False,
     watch: Watch = silent,
 ) -> Analysis:
@@ -140,21 +128,23 @@ def analyze(
     `example_inputs` is a tensor, a tuple of forward's arguments, or a dict of keyword arguments;
     the usual shapes are tried where it is missing. `mixing` says which ops may go on over fewer
     channels although their statistics then differ from the masked network's: "norms"
-    (normalisation layers), "all" (softmax, mean, max over channels too) or "none". `strict` raises
-    `RuleError` on an op that no rule knows, instead of freezing what reaches it.
+    (normalisation layers), "all" (softmax, mean, max over channels too) or "none". With `scatter`,
+    streams that are added up keep their width, and each branch may lose channels of its own: what
+    is left of it is scattered back before the addition. `strict` raises `RuleError` on an op that
+    no rule knows, instead of freezing what reaches it.
     """
     check_model(model)
     check_choice("mixing", mixing, ("norms", "all", "none"))
     rules = rule_files.current()
     graph, inputs = traced(model, example_inputs, rules)
     watch("trace", model, graph)
-    found = flow(graph, rules, mixing=mixing)
+    found = flow(graph, rules, mixing=mixing, scatter=scatter)
     if strict and found.unknown:
         _refuse(found)
     watch("flow", graph, found)
     grouped = groups(found)
     watch("groups", found, grouped)
-    analysis = Analysis(model, found, inputs, grouped, tensors_of(model), mixing)
+    analysis = Analysis(model, found, inputs, grouped, tensors_of(model), mixing, scatter)
     analysis.warnings = list(_warnings(found, grouped))
     return analysis
 

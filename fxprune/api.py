@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis, analyze
-from .check import check_choice, check_count, check_finite, check_model, check_share, tensors_of
-from .criteria import Criterion, find
+from .check import check_choice, check_finite, check_model, tensors_of
+from .counters import Counts
+from .criteria import CriterionLike
 from .errors import ModelError, NothingToPrune, OptionError, PlanError
 from .flow import Mixing
 from .ignore import Ignore
@@ -19,11 +21,14 @@ from .inputs import of_spec
 from .planning import make_plan
 from .plans import Plan
 from .pruned import Info, PrunedModule
+from .recipes import RecipeLike
 from .replay import kept_by_plan
 from .report import Report, Row
 from .rewrite import rewrite
 from .score import Reduce
-from .select import Options, Scope, SelectRule
+from .select import Scope, SelectRule
+from .settings import Settings, settings
+from .squeeze import Squeeze
 from .verifier import Verification, verify_numbers, verify_shapes
 from .watch import Watch, silent, together
 from .widths import RewriteError, Widths
@@ -36,17 +41,21 @@ def prune(
     model: nn.Module,
     example_inputs: Any = None,
     *,
-    criterion: str | Criterion = "l2",
-    rate: float = 0.5,
-    scope: Scope = "local",
-    select_by: SelectRule = "rate",
-    reduce: Reduce = "mean",
+    recipe: RecipeLike | None = None,
+    criterion: CriterionLike | None = None,
+    rate: float | None = None,
+    scope: Scope | None = None,
+    select_by: SelectRule | None = None,
+    reduce: Reduce | None = None,
     rates: Mapping[str, float] | None = None,
-    ignore: Ignore = (),
-    min_channels: int = 1,
-    max_rate: float = 1.0,
-    round_to: int = 1,
-    mixing: Mixing = "norms",
+    only: Ignore | None = None,
+    ignore: Ignore | None = None,
+    min_channels: int | None = None,
+    max_rate: float | None = None,
+    round_to: int | None = None,
+    squeeze: Squeeze | Mapping[str, Any] | None = None,
+    mixing: Mixing | None = None,
+    scatter: bool | None = None,
     verify: Verify = True,
     dump: str | os.PathLike[str] | None = None,
     strict: bool = False,
@@ -59,65 +68,55 @@ def prune(
     original's names. Inputs and outputs of the network keep their shapes.
 
     example_inputs: a tensor, a tuple of forward's arguments or a dict of them; guessed if missing.
-    criterion:      a name (`fxprune.criteria.names()`) or a function of a group's `Slices`.
-    rate:           share of channels removed, in [0, 1): of each group (``scope="local"``) or of
-                    all prunable channels together (``scope="global"``).
-    select_by:      "rate"; "cumulative" (per group, the longest run of lowest scores whose summed
-                    share is at most `rate`); "threshold" (keep scores above the one at `rate`).
-    reduce:         how scores of coupled layers are joined: mean, sum, max, first.
+    recipe:         a whole pruning by name (`fxprune.recipes.names()`) or from a YAML file; what is
+                    given beside it wins over it. Without one the defaults below hold.
+    criterion:      a name (`fxprune.criteria.names()`), ``{"name": ..., "option": ...}``, or a
+                    function of a group's `Slices`; default "l2".
+    rate:           share of channels removed, in [0, 1), default 0.5: of each group
+                    (``scope="local"``, the default) or of all in scope together ("global").
+    select_by:      "rate" (default); "cumulative" (per group, the longest run of lowest scores
+                    whose summed share is at most `rate`); "threshold" (keep scores above the
+                    one at `rate`).
+    reduce:         how scores of coupled layers are joined: mean (default), sum, max, first.
     rates:          name pattern of layers -> rate, over `rate`; the last match counts.
-    ignore:         layers whose output channels all stay, as name patterns, modules or types;
-                    ``"in:PATTERN"`` keeps a layer's input channels instead.
-    min_channels, max_rate, round_to: floor, cap and divisor of each group's width.
+    only:           layers to prune, as name patterns, modules, types or roles ("role:expansion",
+                    see `fxprune.roles`); default all.
+    ignore:         layers whose output channels all stay, in the same words; ``"in:PATTERN"`` keeps
+                    a layer's input channels instead.
+    min_channels, max_rate, round_to: floor, cap and divisor of each group's width; 1, 1 and 1.
+    squeeze:        ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate.
     mixing:         which ops may run on over fewer channels although their statistics change:
                     "norms" (the default), "all", "none".
+    scatter:        residual streams keep their width; each branch that is added to one loses
+                    channels of its own and is scattered back. Default False: they are coupled.
     verify:         True compares shapes and numbers, "shapes" shapes only, False nothing.
     dump:           a folder for a text file and a drawing after every step (or ``FXPRUNE_DUMP``).
     strict:         raise on an op no rule knows, instead of freezing what reaches it.
 
-    Raises `ModelError`, `InputError`, `TraceError`, `OptionError`, `CriterionError`,
+    Raises `ModelError`, `InputError`, `TraceError`, `OptionError`, `RecipeError`, `CriterionError`,
     `NothingToPrune` or `VerificationError`; each says where and what to do.
     """
-    found = find(criterion)
-    options = _options(rate, scope, select_by, rates, min_channels, max_rate, round_to)
+    chosen = settings(recipe, _given(locals()))
     check_choice("verify", verify, (True, False, "shapes"))
     watch = _watches(watch, dump)
-    analysis = analyze(model, example_inputs, mixing=mixing, strict=strict, watch=watch)
+    how: Any = {"mixing": chosen.mixing, "scatter": chosen.scatter, "strict": strict}
+    analysis = analyze(model, example_inputs, watch=watch, **how)
     check_finite(_weights(analysis))
     while True:
         _check_prunable(analysis)
-        made, kept = make_plan(analysis, found, reduce, options, ignore, watch)
+        made, kept = make_plan(analysis, chosen, watch)
         try:
             return _finish(analysis, made, kept, verify, watch)
         except RewriteError as error:
             _freeze_at(analysis, error)
 
 
-def _options(
-    rate: float,
-    scope: Scope,
-    select_by: SelectRule,
-    rates: Mapping[str, float] | None,
-    min_channels: int,
-    max_rate: float,
-    round_to: int,
-) -> Options:
-    """The options of selection, checked: `OptionError` names the one that is out of range."""
-    check_share("rate", rate)
-    check_share("max_rate", max_rate, whole=True)
-    if rates is not None and not (
-        isinstance(rates, Mapping) and all(isinstance(name, str) for name in rates)
-    ):
-        raise OptionError("rates must map name patterns to rates", hint='rates={"layer1.*": 0.3}')
-    for pattern, value in (rates or {}).items():
-        check_share(f"rates[{pattern!r}]", value)
-    check_choice("scope", scope, ("local", "global"))
-    check_choice("select_by", select_by, ("rate", "cumulative", "threshold"))
-    check_count("min_channels", min_channels)
-    check_count("round_to", round_to)
-    own = {pattern: float(value) for pattern, value in (rates or {}).items()}
-    rate, max_rate = float(rate), float(max_rate)  # a number of numpy's is none in a plan
-    return Options(rate, scope, select_by, own, {}, min_channels, max_rate, round_to)
+_CHOICES = frozenset(each.name for each in fields(Settings)) - {"recipe"}
+
+
+def _given(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a function's arguments that are settings."""
+    return {name: value for name, value in arguments.items() if name in _CHOICES}
 
 
 def _weights(analysis: Analysis) -> dict[str, Tensor]:
@@ -182,16 +181,19 @@ def _freeze_at(analysis: Analysis, error: RewriteError) -> None:
 def plan(
     analysis: Analysis,
     *,
-    criterion: str | Criterion = "l2",
-    rate: float = 0.5,
-    scope: Scope = "local",
-    select_by: SelectRule = "rate",
-    reduce: Reduce = "mean",
+    recipe: RecipeLike | None = None,
+    criterion: CriterionLike | None = None,
+    rate: float | None = None,
+    scope: Scope | None = None,
+    select_by: SelectRule | None = None,
+    reduce: Reduce | None = None,
     rates: Mapping[str, float] | None = None,
-    ignore: Ignore = (),
-    min_channels: int = 1,
-    max_rate: float = 1.0,
-    round_to: int = 1,
+    only: Ignore | None = None,
+    ignore: Ignore | None = None,
+    min_channels: int | None = None,
+    max_rate: float | None = None,
+    round_to: int | None = None,
+    squeeze: Squeeze | Mapping[str, Any] | None = None,
     scores: bool = False,
 ) -> Plan:
     """What to keep of every parameter, without writing a network; the options are `prune`'s.
@@ -202,11 +204,22 @@ def plan(
     if not isinstance(given, Analysis):
         kind = type(given).__name__
         raise OptionError(f"plan takes an Analysis, not a {kind}", hint="fxprune.analyze(model)")
-    found = find(criterion)
-    options = _options(rate, scope, select_by, rates, min_channels, max_rate, round_to)
+    chosen = settings(recipe, _given(locals()))
+    _check_analysed(analysis, chosen)
     check_finite(_weights(analysis))
     _check_prunable(analysis)
-    return make_plan(analysis, found, reduce, options, ignore, silent, with_scores=scores)[0]
+    return make_plan(analysis, chosen, silent, with_scores=scores)[0]
+
+
+def _check_analysed(analysis: Analysis, chosen: Settings) -> None:
+    """A recipe's options of analysis must be those the analysis was made with."""
+    for name in ("mixing", "scatter"):
+        wanted, found = getattr(chosen, name), getattr(analysis, name)
+        if chosen.recipe and wanted != found:
+            raise OptionError(
+                f"recipe `{chosen.recipe}` needs an analysis with {name}={wanted!r}",
+                hint=f"fxprune.analyze(model, {name}={wanted!r})",
+            )
 
 
 # -- apply -----------------------------------------------------------------------------------------
@@ -237,7 +250,8 @@ def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis
     if example_inputs is None and plan.inputs is not None:
         inputs = of_spec(plan.inputs)
         example_inputs = inputs.kwargs or inputs.args
-    return analyze(model, example_inputs, mixing=plan.mixing)  # type: ignore[arg-type]
+    how: Any = {"mixing": plan.mixing, "scatter": plan.scatter}
+    return analyze(model, example_inputs, **how)
 
 
 def _finish(
@@ -292,6 +306,7 @@ def _report(analysis: Analysis, plan: Plan, kept: Tensor, pruned: PrunedModule) 
     ]
     return Report(
         model=plan.model,
+        recipe=plan.recipe,
         criterion=plan.criterion,
         rate=plan.rate,
         scope=plan.scope,
@@ -309,4 +324,14 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-__all__ = ["analyze", "apply", "plan", "prune", "verify"]
+@torch.inference_mode(False)
+def count(model: nn.Module, example_inputs: Any = None) -> Counts:
+    """Parameters, MACs and FLOPs of a network, pruned or not, for one item of the batch.
+
+    `example_inputs` as in `prune`; the counts are for their size. See `fxprune.counters` for what
+    each convention counts.
+    """
+    return analyze(model, example_inputs).counts()
+
+
+__all__ = ["analyze", "apply", "count", "plan", "prune", "verify"]

@@ -49,6 +49,10 @@ class RuleError(FxpruneError):
     """A rule file, or a rule in it, is broken; or a rule does not fit the call it was used on."""
 
 
+class RecipeError(FxpruneError):
+    """A recipe is not known, or its file is broken."""
+
+
 class OptionError(FxpruneError):
     """An option has a value that cannot be used."""
 

@@ -19,6 +19,7 @@ from .letters import DimsUse
 from .pattern import bind
 from .rules import Rules, Use
 from .shuffle import Gather, find_gather, in_order
+from .trace import mutates
 from .trees import has_tensors, leaves, mapped
 
 Mixing = Literal["norms", "all", "none"]
@@ -34,6 +35,7 @@ class Flow:
     ``unknown``  nodes no rule fits
     ``mixing``   nodes whose statistics run over channels that may go -> those layers
     ``gathers``  node -> the shuffle that a gather can take the place of
+    ``scatters`` node -> operands that are laid out at full width before it, zeros for what went
     """
 
     graph: fx.GraphModule
@@ -44,23 +46,27 @@ class Flow:
     unknown: dict[fx.Node, str] = field(default_factory=dict)
     mixing: set[fx.Node] = field(default_factory=set)
     gathers: dict[fx.Node, Gather] = field(default_factory=dict)
+    scatters: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
 
 
-def flow(graph: fx.GraphModule, rules: Rules, *, mixing: Mixing = "norms") -> Flow:
+def flow(
+    graph: fx.GraphModule, rules: Rules, *, mixing: Mixing = "norms", scatter: bool = False
+) -> Flow:
     """Which channels each value of the graph carries, what ties them, what freezes them.
 
     `mixing` says which ops may go on over fewer channels although their statistics then differ
-    from the masked network's: normalisation layers, all, or none.
+    from the masked network's: normalisation layers, all, or none. `scatter` leaves what is added up
+    at full width and unties the branches.
     """
-    run = _Run(Flow(graph), rules, mixing)
+    run = _Run(Flow(graph), rules, mixing, scatter)
     for node in graph.graph.nodes:
         run.result.values[node] = run.value(node)
     return run.result
 
 
 class _Run:
-    def __init__(self, result: Flow, rules: Rules, mixing: Mixing):
-        self.result, self.rules, self.mixing = result, rules, mixing
+    def __init__(self, result: Flow, rules: Rules, mixing: Mixing, scatter: bool = False):
+        self.result, self.rules, self.mixing, self.scatter = result, rules, mixing, scatter
         self.ids = result.ids
         self.modules: dict[str, nn.Module] = dict(result.graph.named_modules())
         self.aliases: dict[str, str] = result.graph.meta.get("fxprune_aliases", {})
@@ -343,9 +349,26 @@ class _Run:
 
     def do_pointwise(self, node: fx.Node, use: Use) -> Any:
         shape = tuple(leaves(node.meta["val"], Tensor)[0].shape)
-        layers, weight = self.meet(node, self.tensors(node), shape, use)
+        values = self.tensors(node)
+        if self.scatter and use.rule.joins:
+            values = self.untied(node, values)
+        layers, weight = self.meet(node, values, shape, use)
         value = self.made(shape, layers, weight)
         return _first_zero(mapped(lambda _: value, node.meta["val"]))
+
+    def untied(self, node: fx.Node, values: list[Value]) -> list[Value]:
+        """The operands of an addition without their channels: each is laid out at full width."""
+        data = [value for value in values if not value.weight]
+        if len(data) < 2 or all(_same_ids(value, data[0]) for value in data):
+            return values
+        operands = [n for n in node.all_input_nodes if self.result.values.get(n) in data]
+        for operand in operands:
+            for layer in self.result.values[operand].layers:
+                if not layer.zero or len(layer.varying) > 1 or _overwritten(node, operand):
+                    fault = f"cannot be scattered back before %{node.name}"
+                    self.ids.freeze(node, layer.ids, fault)
+        self.result.scatters[node] = operands
+        return [value if value.weight else replace(value, layers=()) for value in values]
 
     def tensors(self, node: fx.Node) -> list[Value]:
         found = [self.result.values.get(arg) for arg in leaves((node.args, node.kwargs), fx.Node)]
@@ -800,3 +823,13 @@ def _unsqueezed(value: Value, dim: int) -> Value:
     shape = (*value.shape[:dim], 1, *value.shape[dim:])
     layers = tuple(Layer(la.ids.unsqueeze(dim), la.zero, la.origin) for la in value.layers)
     return Value(shape, layers, weight=value.weight)
+
+
+def _same_ids(a: Value, b: Value) -> bool:
+    pairs = zip(a.layers, b.layers, strict=False)
+    return len(a.layers) == len(b.layers) and all(torch.equal(x.ids, y.ids) for x, y in pairs)
+
+
+def _overwritten(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether others look at an operand that the node writes to; its wide copy they would miss."""
+    return mutates(node) and node.args[0] is operand and len(operand.users) > 1

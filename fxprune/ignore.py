@@ -1,4 +1,4 @@
-"""Which groups a user's patterns, modules and types mean."""
+"""Which groups a user's patterns, roles, modules and types mean."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 from .analysis import Analysis
 from .errors import OptionError, nearest
 from .groups import Group
+from .roles import ROLES, Roles
 from .select import layer_names
 
 Ignore = Sequence["str | nn.Module | type"]
@@ -18,19 +19,51 @@ Ignore = Sequence["str | nn.Module | type"]
 
 def ignored(analysis: Analysis, ignore: Ignore) -> dict[int, str]:
     """Group number -> why it is left alone; `OptionError` for an item that matches nothing."""
-    items: Any = (ignore,) if isinstance(ignore, (str, nn.Module, type)) else ignore
+    found: dict[int, str] = {}
+    for item in _items("ignore", ignore):
+        for i in _meant(analysis, "ignore", item):
+            found[i] = f"ignored by `{_shown(item)}`"
+    return found
+
+
+def selected(analysis: Analysis, only: Ignore) -> set[int]:
+    """The groups in scope: all, if `only` is empty. `OptionError` for an item that matches none."""
+    items = _items("only", only)
+    if not items:
+        return set(range(len(analysis.groups)))
+    return {i for item in items for i in _meant(analysis, "only", item)}
+
+
+def _items(option: str, given: Any) -> Sequence[Any]:
+    items = (given,) if isinstance(given, (str, nn.Module, type)) else given
     if not isinstance(items, Sequence):
         kind = type(items).__name__
-        raise OptionError(f"ignore is a {kind}", hint="a list of name patterns, modules or types")
-    found: dict[int, str] = {}
-    for item in items:
-        names, inputs = _names_of(analysis, item)
-        shown = item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
-        for i, group in enumerate(analysis.groups):
-            mine = _names(group, inputs)
-            if any(name in names for name in mine):
-                found[i] = f"ignored by `{shown}`"
-    return found
+        hint = "a list of name patterns, roles, modules or types"
+        raise OptionError(f"{option} is a {kind}", hint=hint)
+    return items
+
+
+def _shown(item: Any) -> str:
+    return item if isinstance(item, str) else getattr(item, "__name__", type(item).__name__)
+
+
+def _meant(analysis: Analysis, option: str, item: Any) -> set[int]:
+    """The groups one item means."""
+    if isinstance(item, str) and item.startswith("role:"):
+        return _of_role(analysis, option, item.removeprefix("role:"))
+    names, inputs = _names_of(analysis, option, item)
+    groups = enumerate(analysis.groups)
+    return {i for i, group in groups if any(name in names for name in _names(group, inputs))}
+
+
+def _of_role(analysis: Analysis, option: str, role: str) -> set[int]:
+    if role not in ROLES:
+        raise OptionError(
+            f"{option} names the role `{role}`, which is not known",
+            details=[("known", ", ".join(ROLES))],
+            hint=nearest(role, ROLES),
+        )
+    return Roles(analysis).of(role)
 
 
 def _names(group: Group, inputs: bool) -> list[str]:
@@ -39,7 +72,7 @@ def _names(group: Group, inputs: bool) -> list[str]:
     return [name for param in params for name in (param, param.rpartition(".")[0])]
 
 
-def _names_of(analysis: Analysis, item: Any) -> tuple[set[str], bool]:
+def _names_of(analysis: Analysis, option: str, item: Any) -> tuple[set[str], bool]:
     """Names of modules and parameters an item means, and whether their inputs are meant."""
     modules = dict(analysis.model.named_modules())
     if isinstance(item, str):
@@ -47,7 +80,7 @@ def _names_of(analysis: Analysis, item: Any) -> tuple[set[str], bool]:
         known = {*modules, *analysis.tensors} - {""}
         names = {n for n in known if fnmatch.fnmatchcase(n, pattern)}
         names |= {n for n in known if any(n.startswith(f"{m}.") for m in names if m)}
-        _must_match(bool(names), f"ignore pattern `{item}`", pattern, known)
+        _must_match(bool(names), f"{option} pattern `{item}`", pattern, known)
         return names, inputs
     if isinstance(item, nn.Module):
         roots = [name for name, module in modules.items() if module is item]
@@ -55,9 +88,9 @@ def _names_of(analysis: Analysis, item: Any) -> tuple[set[str], bool]:
         roots = [name for name, module in modules.items() if isinstance(module, item)]
     else:
         kind = type(item).__name__
-        raise OptionError(f"ignore holds a {kind}", hint="name patterns, modules or module types")
+        raise OptionError(f"{option} holds a {kind}", hint="name patterns, modules or module types")
     names = {n for n in modules if any(n == r or n.startswith(f"{r}.") or not r for r in roots)}
-    _must_match(bool(names), f"ignore={getattr(item, '__name__', type(item).__name__)}", "", ())
+    _must_match(bool(names), f"{option}={_shown(item)}", "", ())
     return names, False
 
 

@@ -8,7 +8,7 @@ a window (never shrinks). The roles follow from where a letter stands; no op is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
@@ -47,6 +47,27 @@ class DimsUse:
     binding: Binding
     layers: list[Named] = field(default_factory=list)
     params: dict[str, str] = field(default_factory=dict)
+
+    def given(self, operand: str) -> bool:
+        """Whether the call has this operand."""
+        return self.binding.inputs[self.rule.operands.index(operand)] is not None
+
+    def macs(self, kept: Tensor | None = None) -> int:
+        """Multiply-accumulates of the call; with only the ids in the mask `kept`, where given."""
+        product = 1 if self.rule.macs else 0
+        for letter in self._letters(self.rule.macs):
+            old = self.binding.sizes[letter]
+            product *= old if kept is None else new_size(letter, self.layers, kept, old)
+        return product
+
+    def _letters(self, text: str) -> Iterator[str]:
+        for word in text.split():
+            if not word.startswith("*"):
+                yield word
+                continue
+            for name in self.binding.sizes:  # `*k` stands for k1, k2, ...
+                if name != word[1:] and name.rstrip("0123456789") == word[1:]:
+                    yield name
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -9,41 +10,54 @@ import torch
 from torch import Tensor
 
 from .analysis import Analysis
-from .criteria import Criterion
 from .ids import Freeze
-from .ignore import Ignore, check_patterns, ignored
+from .ignore import check_patterns, ignored, selected
 from .plans import GroupPlan, Plan, fingerprint, shapes_of
-from .score import Reduce, score
-from .select import Options, Selection, group_rate, select
+from .score import score
+from .select import Options, Selection, asked_rate, asked_widths, select
+from .settings import Settings, as_options
+from .squeeze import Squeeze, follow
+from .squeeze import outside as squeezes
 from .watch import Watch
 from .widths import Widths
 
 
 def make_plan(
-    analysis: Analysis,
-    criterion: tuple[str, Criterion],
-    reduce: Reduce,
-    options: Options,
-    ignore: Ignore,
-    watch: Watch,
-    *,
-    with_scores: bool = False,
+    analysis: Analysis, chosen: Settings, watch: Watch, *, with_scores: bool = False
 ) -> tuple[Plan, Tensor]:
     """The plan, and the mask of kept ids it was written from."""
-    options = replace(options, ignored=ignored(analysis, ignore))
+    options = _bound(analysis, chosen)
     check_patterns(analysis, options.rates)
-    name, function = criterion
-    scores = score(analysis.all_groups, analysis.tensors, name, function, reduce=reduce)
+    groups, criterion = analysis.all_groups, chosen.found
+    keep = asked_widths(groups, options) if criterion.kind == "set" else None
+    scores = score(groups, analysis.tensors, criterion, reduce=chosen.reduce, keep=keep)
     watch("score", analysis, scores)
-    selection = select(analysis.all_groups, scores, options)
+    selection = select(groups, scores, options)
+    if isinstance(chosen.squeeze, Squeeze):
+        selection, followed = follow(analysis, selection, options, chosen.squeeze)
+        scores = {**scores, **followed}
     kept = kept_ids(analysis, selection.kept)
-    made = _write_plan(analysis, selection, kept, name, options, scores if with_scores else {})
+    made = _write_plan(analysis, selection, kept, chosen, options, scores if with_scores else {})
     watch("select", (analysis, scores), made)
     return made, kept
 
 
+def _bound(analysis: Analysis, chosen: Settings) -> Options:
+    """The options of selection, with names and roles resolved to groups of this network."""
+    outside = frozenset(range(len(analysis.groups))) - selected(analysis, chosen.only)
+    if chosen.squeeze is not None:
+        outside |= squeezes(analysis)
+    leave = ignored(analysis, chosen.ignore)
+    return replace(as_options(chosen), ignored=leave, outside=outside)
+
+
 def _write_plan(
-    analysis: Analysis, selection: Selection, ids: Tensor, name: str, options: Options, scores
+    analysis: Analysis,
+    selection: Selection,
+    ids: Tensor,
+    chosen: Settings,
+    options: Options,
+    scores: Mapping[int, np.ndarray],
 ) -> Plan:
     from . import __version__
 
@@ -59,10 +73,12 @@ def _write_plan(
         fingerprint=fingerprint(shapes),
         shapes=shapes,
         inputs=analysis.inputs.spec(),
-        criterion=name,
+        recipe=chosen.recipe,
+        criterion=str(chosen.found),
         rate=options.rate,
         scope=options.scope,
         mixing=analysis.mixing,
+        scatter=analysis.scatter,
         kept=kept,
         groups=rows,
     )
@@ -76,7 +92,7 @@ def _group_plan(
     reason = selection.reasons.get(i, "")
     if group.frozen is not None:
         reason = _with_node(group.frozen)
-    if not group_rate(group, options):
+    if not asked_rate(analysis.all_groups, i, options):
         reason = ""  # what was not asked for is no shortfall
     found = None if scores is None else scores.tolist()
     return GroupPlan(name=group.name, size=len(group), kept=kept, reason=reason, scores=found)

@@ -42,10 +42,12 @@ class Plan(BaseModel):
     fingerprint: str = ""
     shapes: dict[str, list[int]] = Field(default_factory=dict)
     inputs: Any = None
+    recipe: str = ""
     criterion: str = ""
     rate: float | None = None
     scope: str = "local"
     mixing: str = "norms"
+    scatter: bool = False
     kept: dict[str, dict[int, Kept]] = Field(default_factory=dict)
     groups: list[GroupPlan] = Field(default_factory=list)
 

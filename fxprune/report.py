@@ -35,6 +35,7 @@ class Report:
     frontend: str
     inputs: str
     guessed: str
+    recipe: str = ""
     groups: list[Row] = field(default_factory=list)
     params: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)
@@ -62,6 +63,7 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"{self.model} pruned by {self.criterion}"
+            + (f" (recipe {self.recipe})" if self.recipe else "")
             + (f" at {self.rate:g}" if self.rate is not None else "")
             + f" ({self.scope}), {self.frontend} trace on {self.inputs}"
             + (f", guessed from {self.guessed}" if self.guessed else ""),

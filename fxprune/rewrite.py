@@ -185,9 +185,37 @@ class _Writer:
             call.args, call.kwargs = self.pinned(call.args), dict(self.pinned(call.kwargs))
             if node in self.flow.uses:
                 self.sized(call, self.flow.uses[node])
+            env = self.env
+            if node in self.flow.scatters:
+                env = {**env, **self._scattered(node)}
             self.env[node] = self._emit(
-                call.op, call.target, call.args, call.kwargs, node, call.attrs
+                call.op, call.target, call.args, call.kwargs, node, call.attrs, env
             )
+
+    def _scattered(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
+        """The operands of an addition that lost channels, at full width with zeros there."""
+        wide: dict[fx.Node, fx.Node] = {}
+        for operand in self.flow.scatters[node]:
+            value = self.widths.value(operand)
+            for layer in value.layers:
+                mask = self.widths.kept[layer.ids]
+                if not mask.all():
+                    (dim,) = layer.varying
+                    at = wide.get(operand, self.env[operand])
+                    wide[operand] = self._scatter(at, dim, mask.reshape(-1), value, operand)
+        return wide
+
+    def _scatter(
+        self, source: fx.Node, dim: int, mask: Tensor, value: Value, operand: fx.Node
+    ) -> fx.Node:
+        """`source` with a slice of zeros behind, which every channel that went is taken from."""
+        index = torch.where(mask, torch.cumsum(mask, 0) - 1, int(mask.sum()))
+        constant = f"_scatter_{operand.name}_{dim}"
+        self.constants[constant] = index
+        ends = [0, 0] * (len(value.shape) - 1 - dim) + [0, 1]
+        padded = self.graph.call_function(nn.functional.pad, (source, ends))
+        at = self.graph.get_attr(constant)
+        return self.graph.call_function(torch.index_select, (padded, dim, at))
 
     def pinned(self, args: Any) -> Any:
         """Numbers that would change with the widths stay what the original computed with."""
@@ -463,7 +491,9 @@ class _Writer:
         return self.tensors[id(old)]
 
     def module(self) -> PrunedModule:
-        root: dict[str, Any] = {**self.root, **self.constants}
+        device = next((t.device for t in self.tensors.values() if not t.is_meta), None)
+        constants = {name: index.to(device) for name, index in self.constants.items()}
+        root: dict[str, Any] = {**self.root, **constants}
         names = {node.target for node in self.graph.nodes if node.op in ("call_module", "get_attr")}
         module = PrunedModule(
             {name: value for name, value in root.items() if name in names},

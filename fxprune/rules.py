@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import fx
 
 from . import pattern
 from .errors import RuleError, nearest
+from .yamlfile import Fault, folder, parsed, shown, text_of
 
 if TYPE_CHECKING:
     from .probe import Finding
 
-_HERE = Path(__file__).resolve().parent
 _WORD_SPACES = {
     None, "torch", "torch.nn.functional", "torch._C._nn", "torch._C._special", "torch.functional",
     "_operator", "operator", "math", "torch._tensor", "builtins",
@@ -80,12 +79,14 @@ class Rule(BaseModel):
     ``multiplies``  operands of which one zero makes the result zero (by default all that do not
                  add)
     ``ignores``  tensors of which at most shape and dtype are read
+    ``joins``    the operands are added up, as the branches of a residual block are
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
     ``defaults`` what arguments are that a call of the function leaves out
     ``when``     what arguments (of a module: attributes) must be for the rule to fit: a value,
                  ``none``, ``tensor``, ``bool``, ``number``, a comparison (``"> 0"``), or a list of
                  which one holds
     ``macs``     letters whose product is the op's multiply-accumulates
+    ``slimming`` operations an element of the first operand in Network Slimming's FLOPs, beside macs
     ``fix``      how literals in a call of a movement are corrected
     """
 
@@ -119,6 +120,7 @@ class Rule(BaseModel):
     mixes: tuple[str, ...] = ()
     norm: bool = False
     additive: bool = False
+    joins: bool = False
     keeps_dims: bool = False
     scales: str | None = None
     adds: tuple[str, ...] = ()
@@ -126,6 +128,7 @@ class Rule(BaseModel):
     ignores: tuple[str, ...] = ()
     pins: dict[str, str] = Field(default_factory=dict)
     macs: str = ""
+    slimming: int = 0
     defaults: dict[str, Any] = Field(default_factory=dict)
     when: dict[str, Any] = Field(default_factory=dict)
     fix: str | None = None
@@ -159,7 +162,7 @@ class Rule(BaseModel):
             try:
                 _check_letters(self, self.pattern)
             except RuleError as error:
-                raise _Fault(error) from None
+                raise Fault(error) from None
         for text in (*self.calls, *self.modules):
             if not _SIGNATURE.fullmatch(text):
                 raise ValueError(f"`{text}` is not a call; write `name(argument, argument)`")
@@ -179,14 +182,6 @@ class Rule(BaseModel):
     @property
     def pattern(self) -> pattern.Pattern:
         return _parse(self.dims or "")
-
-
-class _Fault(ValueError):
-    """A `RuleError` on its way through pydantic, which keeps `ValueError`s only."""
-
-    def __init__(self, error: RuleError):
-        self.error = error
-        super().__init__(error.fault)
 
 
 @cache
@@ -430,26 +425,11 @@ def resolve(name: str) -> Any:
 def read(path: Path | str) -> list[Rule]:
     """The rules of one file; `RuleError` names file and line of what is wrong."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RuleError(f"{path} cannot be read: {error.strerror}", hint="a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise RuleError(f"{path} is not UTF-8 text: {error.reason}") from None
-    return list(_entries(text, _shown(path)))
-
-
-def _shown(path: Path) -> str:
-    return f"rules/{path.parent.name}/{path.name}" if _HERE.parent in path.parents else str(path)
+    return list(_entries(text_of(path, RuleError), shown(path)))
 
 
 def _entries(text: str, where: str) -> Iterator[Rule]:
-    try:
-        root, data = _parsed(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise RuleError(f"{where}{line} is not YAML: {getattr(error, 'problem', error)}") from None
+    root, data = parsed(text, where, RuleError)
     if root is None:
         return
     if not isinstance(data, dict):
@@ -474,16 +454,6 @@ def _entries(text: str, where: str) -> Iterator[Rule]:
             raise _broken(error, key.value, where, line, value) from None
 
 
-def _parsed(text: str) -> tuple[Any, Any]:
-    """A file's YAML as nodes, which know their lines, and as data."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-    try:
-        root = loader.get_single_node()
-        return root, None if root is None else loader.construct_document(root)
-    finally:
-        loader.dispose()
-
-
 def _broken(error: ValidationError, name: str, where: str, line: int, value) -> RuleError:
     first = error.errors()[0]
     path = [str(part) for part in first["loc"]]
@@ -492,18 +462,12 @@ def _broken(error: ValidationError, name: str, where: str, line: int, value) -> 
     hint = nearest(path[0], Rule.model_fields) if first["type"] == "extra_forbidden" else ""
     message = first["msg"].removeprefix("Value error, ")
     fault = first.get("ctx", {}).get("error")
-    if isinstance(fault, _Fault):
+    if isinstance(fault, Fault):
         message, hint = fault.error.fault, fault.error.hint
     if isinstance(first["input"], bool) and path:
         hint = 'YAML reads a bare no or yes as false or true: quote it, "no"'
     field_name = f" field `{'.'.join(path)}`:" if path else ""
     return RuleError(f"{where}:{line} rule `{name}`:{field_name} {message}", hint=hint)
-
-
-def folder() -> Path:
-    """Where the shipped rules lie: beside the package in a checkout, inside it in a wheel."""
-    inside = _HERE / "_rules"
-    return inside if inside.is_dir() else _HERE.parent / "rules"
 
 
 def build(files: Iterable[Path]) -> Rules:

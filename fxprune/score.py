@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from .check import check_choice
 from .criteria import Criterion, Slices
 from .errors import CriterionError
-from .groups import Group, Groups
+from .groups import Groups
 
 Reduce = Literal["mean", "sum", "max", "first"]
 
@@ -27,35 +27,68 @@ _REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def score(
     groups: Groups,
     tensors: Mapping[str, Tensor],
-    name: str,
     criterion: Criterion,
     *,
     reduce: Reduce = "mean",
+    keep: Mapping[int, int] | None = None,
 ) -> dict[int, np.ndarray]:
     """Scores of each prunable group, by its place in ``groups.groups``; float64, higher stays.
 
     `tensors` are the model's parameters and buffers by name; `reduce` joins the scores of coupled
-    layers. Raises `CriterionError` where the criterion does not give one finite number a channel.
+    layers. A set criterion is asked for ``keep[i]`` channels of group i: those score 1, others 0.
+    Raises `CriterionError` where the criterion does not give one finite number a channel, or not
+    the channels it was asked for.
     """
     check_choice("reduce", reduce, tuple(_REDUCTIONS))
     join = _REDUCTIONS[reduce]
+    found = {}
     with torch.no_grad():
-        return {
-            i: _scores(group, Slices(group, tensors), name, criterion, join)
-            for i, group in enumerate(groups.groups)
-            if group.prunable
-        }
+        for i, group in enumerate(groups.groups):
+            if group.prunable:
+                slices, count = Slices(group, tensors), (keep or {}).get(i, len(group))
+                chosen = criterion.kind == "set"
+                found[i] = (
+                    _as_scores(slices, criterion, count)
+                    if chosen
+                    else _scores(slices, criterion, join)
+                )
+    return found
 
 
-def _scores(group: Group, slices: Slices, name: str, criterion: Criterion, join) -> np.ndarray:
+def _as_scores(slices: Slices, criterion: Criterion, keep: int) -> np.ndarray:
+    size = len(slices)
+    if keep >= size:
+        return np.ones(size)
+    found = _asked(slices, criterion, keep)
+    indices = found.detach().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
+    whole = indices.ndim == 1 and np.issubdtype(indices.dtype, np.integer)
+    inside = whole and len(indices) and 0 <= indices.min() <= indices.max() < size
+    if not inside or len(np.unique(indices)) != keep:
+        raise CriterionError(
+            f"criterion `{criterion}` did not give {keep} different channels of group "
+            f"{slices.group.name}, which has {size}",
+            hint="a set criterion returns the indices of the channels to keep",
+        )
+    scores = np.zeros(size)
+    scores[indices] = 1
+    return scores
+
+
+def _asked(slices: Slices, criterion: Criterion, *keep: int) -> Any:
+    """What the criterion says; its own exceptions as `CriterionError`."""
+    group = slices.group
     try:
-        found = criterion(slices)
+        return criterion(slices, *keep)
     except Exception as error:
         raise CriterionError(
-            f"criterion `{name}` fails on group {group.name}: {type(error).__name__}: {error}",
+            f"criterion `{criterion}` fails on group {group.name}: {type(error).__name__}: {error}",
             details=[("members", ", ".join(f"{m.param}[{m.dim}]" for m in group.members[:4]))],
             hint="it gets a group's Slices: .filters, .scales, .layers, .consumers, len(group)",
         ) from error
+
+
+def _scores(slices: Slices, criterion: Criterion, join: Callable[[Tensor], Tensor]) -> np.ndarray:
+    found, group, name = _asked(slices, criterion), slices.group, str(criterion)
     per_layer = list(found) if isinstance(found, (list, tuple)) else [found]
     if not per_layer:
         raise CriterionError(

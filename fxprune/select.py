@@ -29,7 +29,8 @@ class Options:
     ``rate``: share of channels removed. ``rates``: pattern -> rate, over it. ``rule``: "rate"
     (the lowest scores), "cumulative" (the longest ascending prefix whose summed share is at most
     the rate), "threshold" (Network Slimming: keep scores strictly above the one at the rate).
-    ``ignored``: group number -> why it is left alone.
+    ``ignored``: group number -> why it is left alone. ``outside``: groups nothing is asked of.
+    ``widths``: group number -> how many channels it keeps, over all rates.
     """
 
     rate: float = 0.0
@@ -40,6 +41,8 @@ class Options:
     min_channels: int = 1
     max_rate: float = 1.0
     round_to: int = 1
+    outside: frozenset[int] = frozenset()
+    widths: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -62,7 +65,7 @@ def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -
     """Choose the channels to keep of every group in `groups`."""
     kept = np.ones(int(groups.channel.max()) + 1, bool)
     reasons: dict[int, str] = {}
-    asked = {i: group_rate(group, options) for i, group in enumerate(groups.groups) if i in scores}
+    asked = {i: asked_rate(groups, i, options) for i in scores}
     wanted = _wanted(groups, scores, asked, options)
     must = _must_stay(groups, scores, options)
     for family in _families(groups, scores):
@@ -75,10 +78,22 @@ def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -
     return Selection(kept, reasons)
 
 
-def group_rate(group: Group, options: Options) -> float:
+def asked_rate(groups: Groups, i: int, options: Options) -> float:
     """The rate asked of a group: the last pattern that matches one of its layers."""
-    rate = _own_rate(group, options)
+    if i in options.outside:
+        return 0.0
+    rate = _own_rate(groups.groups[i], options)
     return options.rate if rate is None else rate
+
+
+def asked_widths(groups: Groups, options: Options) -> dict[int, int]:
+    """How many channels each group is asked to keep, where that does not depend on scores."""
+    found = {}
+    for i, group in enumerate(groups.groups):
+        size = len(group)
+        count = 0 if i in options.ignored else _count(size * asked_rate(groups, i, options))
+        found[i] = size - _allowed(size, min(count, size - options.min_channels), options)
+    return found
 
 
 def _own_rate(group: Group, options: Options) -> float | None:
@@ -97,13 +112,15 @@ def layer_names(group: Group) -> list[str]:
 
 def _wanted(groups: Groups, scores, asked: Mapping[int, float], options: Options) -> dict[int, int]:
     """How many channels each group should lose, before constraints."""
-    allowed = {i: rate for i, rate in asked.items() if i not in options.ignored}
+    left_out = {*options.ignored, *options.outside, *options.widths}
+    allowed = {i: rate for i, rate in asked.items() if i not in left_out}
     if options.rule == "cumulative":
         wanted = {i: _cumulative(scores[i], rate) for i, rate in allowed.items()}
     elif options.scope == "global" or options.rule == "threshold":
         wanted = _global(groups, scores, allowed, options)
     else:
         wanted = {i: _count(len(scores[i]) * rate) for i, rate in allowed.items()}
+    wanted |= {i: len(groups.groups[i]) - width for i, width in options.widths.items()}
     return {i: wanted.get(i, 0) for i in asked}
 
 
@@ -176,7 +193,8 @@ def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
     for i, values in scores.items():
         channels = groups.groups[i].channels
         best[channels] = values
-        floor = len(values) if i in options.ignored else options.min_channels
+        whole = i in options.ignored or i in options.outside
+        floor = len(values) if whole else options.min_channels
         must[channels[np.argsort(values, kind="stable")[-floor:]]] = True
     for piece in groups.keep_one:
         must[piece[np.argsort(best[piece], kind="stable")[-1]]] = True

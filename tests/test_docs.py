@@ -75,7 +75,7 @@ def test_blocks_of_a_page_run_and_print_what_it_says(page, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     # rules and criteria that a page adds go again
     monkeypatch.setattr(rules, "_current", rules.current())
-    shipped = {name: criteria.find(name)[1] for name in criteria.names()}
+    shipped = {name: criteria.find(name) for name in criteria.names()}
     monkeypatch.setattr(criteria, "_known", shipped)
     torch.manual_seed(0)
     names: dict = {"__name__": page.stem.replace("-", "_")}
@@ -133,7 +133,7 @@ def test_every_option_of_prune_is_described(option):
 
 def test_every_criterion_is_described():
     for name in criteria.names():
-        module = criteria.find(name)[1].__module__
+        module = criteria.find(name).function.__module__
         if module.startswith("fxprune."):  # other tests may have registered some
             assert f'`"{name}"`' in _guide()
 

@@ -145,7 +145,7 @@ def test_a_rate_in_percent():
     assert str(error) == "rate=40 is outside [0, 1)\n\nhint: a share is meant: 0.4 for 40 %"
 
 
-@pytest.mark.parametrize("rate", ["0.4", True, None, [0.5], torch.tensor(0.5)])
+@pytest.mark.parametrize("rate", ["0.4", True, [0.5], torch.tensor(0.5)])
 def test_a_rate_that_is_no_number(rate):
     error = raised(OptionError, lambda: fxprune.prune(small(), X, rate=rate))
     assert error.fault == f"rate must be a number, not {type(rate).__name__}"
@@ -193,7 +193,7 @@ def test_a_rates_pattern_with_a_slip():
     assert error.hint == "did you mean `3.weight`?"
 
 
-KNOWN = "bn_gamma, geometric_median, l1, l2"
+KNOWN = "bn_gamma, distribution_fit, geometric_median, in_out_norm, l1, l1_gamma, l2"
 
 
 @pytest.mark.parametrize(("name", "meant"), [("ratiosum", "ratio_sum"), ("L2", "l2")])
@@ -209,7 +209,7 @@ def test_an_unknown_criterion_like_no_other():
     assert error.hint == "pass one of these, or a function of your own"
 
 
-@pytest.mark.parametrize("criterion", [3, None, ["l1"]])
+@pytest.mark.parametrize("criterion", [3, {}, {"name": 3}, ["l1"]])
 def test_a_criterion_that_is_no_name(criterion):
     error = raised(OptionError, lambda: fxprune.prune(small(), X, criterion=criterion))
     assert "criterion" in error.fault
@@ -234,14 +234,14 @@ def test_an_option_that_is_not_one_of_the_known(name):
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("value", [None, 3, ["x"]])
+@pytest.mark.parametrize("value", ["", 3, ["x"]])
 def test_an_option_of_another_type(name, value):
     error = raised(OptionError, lambda: fxprune.prune(small(), X, **{name: value}))
     assert error.fault == f"{name}={value!r} is not known"
 
 
 @pytest.mark.parametrize("name", ["round_to", "min_channels"])
-@pytest.mark.parametrize("value", [0, -8, 1.5, "8", None, True])
+@pytest.mark.parametrize("value", [0, -8, 1.5, "8", True])
 def test_a_count_that_is_none(name, value):
     error = raised(OptionError, lambda: fxprune.prune(small(), X, **{name: value}))
     assert error.fault == f"{name}={value!r} must be a whole number of at least 1"
@@ -307,7 +307,7 @@ def test_an_ignore_item_of_another_kind(item):
     assert error.hint == "name patterns, modules or module types"
 
 
-@pytest.mark.parametrize("ignore", [None, 3])
+@pytest.mark.parametrize("ignore", [3, 2.5])
 def test_ignore_that_is_no_list(ignore):
     assert "ignore" in raised(OptionError, lambda: fxprune.prune(small(), X, ignore=ignore)).fault
 

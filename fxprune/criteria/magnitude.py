@@ -33,6 +33,16 @@ def bn_gamma(group: Slices) -> Scores:
     return group.scales or l1(group)
 
 
+@criterion("in_out_norm")
+def in_out_norm(group: Slices) -> Scores:
+    """L2 norm of the weights that make a channel times that of those that read it: what a channel
+    can carry. The units of a squeeze layer are chosen by it."""
+    made = torch.linalg.vector_norm(torch.cat(group.filters, 1), dim=1)
+    if not group.consumers:
+        return made
+    return made * torch.linalg.vector_norm(torch.cat(group.consumers, 1), dim=1)
+
+
 @criterion("random")
 def random(group: Slices) -> Scores:
     """The same random order on every machine and every run; the baseline to beat."""

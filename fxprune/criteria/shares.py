@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -10,27 +12,35 @@ from .slices import Slices
 
 
 @criterion("ratio_sum")
-def ratio_sum(group: Slices) -> Scores:
+def ratio_sum(group: Slices, *, normalize: bool = False) -> Scores:
     """A channel's share of its layer's total: |gamma_i| / sum |gamma|, or of the filters' L1 norms
-    where nothing normalises them (Yuan et al. 2023, Mobile_BLNet; the formula is our reading)."""
+    where nothing normalises them (Yuan et al. 2023, Mobile_BLNet; the formula is our reading).
+
+    With `normalize` the share is relative to the layer's mean share, N |gamma_i| / sum |gamma|, so
+    that wide and narrow layers can be ranked together. The paper's two possible readings are
+    ``select_by="cumulative"`` on the plain share, and a global threshold on the normalised one.
+    """
     if group.scales:
-        return [
-            _share(own, whole) for own, whole in zip(group.scales, group.all_scales, strict=True)
-        ]
-    pairs = zip(group.filters, group.layers, strict=True)
-    return [_share(own.abs().sum(1), whole.abs().sum(1)) for own, whole in pairs]
+        pairs = zip(group.scales, group.all_scales, strict=True)
+        return [_share(own, whole, normalize) for own, whole in pairs]
+    sums = ((own.abs().sum(1), whole.abs().sum(1)) for own, whole in _layers(group))
+    return [_share(own, whole, normalize) for own, whole in sums]
 
 
-def _share(own: Tensor, whole: Tensor) -> Tensor:
-    return own / whole.sum().clamp_min(torch.finfo(whole.dtype).tiny)
+def _layers(group: Slices) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(group.filters, group.layers, strict=True)
+
+
+def _share(own: Tensor, whole: Tensor, normalize: bool) -> Tensor:
+    share = own / whole.sum().clamp_min(torch.finfo(whole.dtype).tiny)
+    return share * len(whole) if normalize else share
 
 
 @criterion("geometric_median")
 def geometric_median(group: Slices) -> Scores:
     """Sum of distances to all filters of the layer (He et al. 2019, FPGM): filters near the
     geometric median say what others say."""
-    pairs = zip(group.filters, group.layers, strict=True)
-    return [_distances(own, whole) for own, whole in pairs]
+    return [_distances(own, whole) for own, whole in _layers(group)]
 
 
 def _distances(own: Tensor, whole: Tensor) -> Tensor:
@@ -43,8 +53,7 @@ def _distances(own: Tensor, whole: Tensor) -> Tensor:
 def lamp(group: Slices) -> Scores:
     """Squared norm over the sum of all squared norms of the layer not smaller (Lee et al. 2021,
     LAMP, on filters): comparable between layers."""
-    pairs = zip(group.filters, group.layers, strict=True)
-    return [_lamp(own, whole) for own, whole in pairs]
+    return [_lamp(own, whole) for own, whole in _layers(group)]
 
 
 def _lamp(own: Tensor, whole: Tensor) -> Tensor:

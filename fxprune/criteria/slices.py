@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -45,6 +46,23 @@ class Slices:
     def all_scales(self) -> list[Tensor]:
         """(all channels,) of the same normalisations as `scales`."""
         return [self.whole(m).abs().sum(1) for m in self._members("scale")]
+
+    @property
+    def gammas(self) -> list[Tensor]:
+        """(channels,) for each of `filters`: |gamma| of the normalisation that comes right after
+        that layer, ones where none does."""
+        return [self._gamma_after(member) for member in self._filters()]
+
+    def _gamma_after(self, member: Member) -> Tensor:
+        at = next(i for i, m in enumerate(self.group.members) if m is member)
+        until = takewhile(lambda m: not self._is_weight(m), self.group.members[at + 1 :])
+        scale = next((m for m in until if m.role == "scale"), None)
+        if scale is None:
+            return torch.ones(len(self), dtype=self.whole(member).dtype)
+        return self.of(scale).reshape(len(self), -1).abs().sum(1)
+
+    def _is_weight(self, member: Member) -> bool:
+        return member.role in ("out", "through") and self.tensors[member.param].ndim > 1
 
     @property
     def consumers(self) -> list[Tensor]:

@@ -1,0 +1,105 @@
+"""All that decides what is removed: options given by hand, over a recipe's, over the defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from .check import check_choice, check_count, check_share
+from .criteria import Criterion, CriterionLike, find
+from .errors import OptionError
+from .flow import Mixing
+from .ignore import Ignore
+from .recipes import RecipeLike
+from .recipes import find as find_recipe
+from .score import Reduce
+from .select import Options, Scope, SelectRule
+from .squeeze import Squeeze, as_squeeze
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `prune` with their defaults."""
+
+    criterion: CriterionLike = "l2"
+    rate: float = 0.5
+    scope: Scope = "local"
+    select_by: SelectRule = "rate"
+    reduce: Reduce = "mean"
+    rates: Mapping[str, float] = field(default_factory=dict)
+    only: Ignore = ()
+    ignore: Ignore = ()
+    min_channels: int = 1
+    max_rate: float = 1.0
+    round_to: int = 1
+    squeeze: Squeeze | Mapping[str, Any] | None = None
+    mixing: Mixing = "norms"
+    scatter: bool = False
+    recipe: str = ""
+
+    @property
+    def found(self) -> Criterion:
+        return find(self.criterion)
+
+
+def settings(recipe: RecipeLike | None, given: Mapping[str, Any]) -> Settings:
+    """Settings from a recipe and what was given by hand (None: not given), checked.
+
+    A rate given by hand takes the place of the recipe's rates for single layers too. Raises
+    `OptionError` for what is out of range, `RecipeError` for a recipe that is not there or broken.
+    """
+    own = {key: value for key, value in given.items() if value is not None}
+    found = Settings() if recipe is None else _of_recipe(recipe)
+    if "rate" in own:
+        own.setdefault("rates", {})
+    found = replace(found, **own)
+    _check(found)
+    return replace(found, criterion=found.found, squeeze=as_squeeze(found.squeeze))
+
+
+def _of_recipe(which: RecipeLike) -> Settings:
+    recipe = find_recipe(which)
+    known = {each.name for each in fields(Settings)} - {"recipe"}
+    set_there = recipe.model_fields_set & known
+    return Settings(**{key: getattr(recipe, key) for key in set_there}, recipe=recipe.name)
+
+
+def _check(found: Settings) -> None:
+    check_share("rate", found.rate)
+    check_share("max_rate", found.max_rate, whole=True)
+    rates: Any = found.rates
+    if not (isinstance(rates, Mapping) and all(isinstance(name, str) for name in rates)):
+        raise OptionError("rates must map name patterns to rates", hint='rates={"layer1.*": 0.3}')
+    for pattern, value in rates.items():
+        check_share(f"rates[{pattern!r}]", value)
+    check_choice("scope", found.scope, ("local", "global"))
+    check_choice("select_by", found.select_by, ("rate", "cumulative", "threshold"))
+    check_choice("scatter", found.scatter, (True, False))
+    check_count("min_channels", found.min_channels)
+    check_count("round_to", found.round_to)
+    _check_set(found)
+
+
+def _check_set(found: Settings) -> None:
+    """A set criterion must know how many channels to keep before it is asked."""
+    chosen = found.found
+    if chosen.kind == "set" and (found.scope == "global" or found.select_by != "rate"):
+        raise OptionError(
+            f"criterion `{chosen}` chooses sets, which gives no scores to cut through",
+            hint='use scope="local" and select_by="rate"; rates= sets the rate of single layers',
+        )
+
+
+def as_options(found: Settings) -> Options:
+    """The settings that selection itself reads."""
+    rates = {pattern: float(value) for pattern, value in found.rates.items()}
+    return Options(
+        rate=float(found.rate),  # a number of numpy's is none in a plan
+        scope=found.scope,
+        rule=found.select_by,
+        rates=rates,
+        min_channels=found.min_channels,
+        max_rate=float(found.max_rate),
+        round_to=found.round_to,
+    )
