@@ -33,45 +33,7 @@ import fxprune
 
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-BLOCKS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
-
-
-class Block(nn.Module):
-    def __init__(self, ins: int, outs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(ins, outs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outs)
-        self.conv2 = nn.Conv2d(outs, outs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outs)
-        self.grows = outs != ins
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.grows:  # option A: every second pixel, zeros for the new channels
-            extra = (y.shape[1] - x.shape[1]) // 2
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra, extra))
-        return F.relu(y + x)
-
-
-class ResNet(nn.Module):
-    def __init__(self, blocks: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = _stage(16, 16, 1, blocks)
-        self.layer2 = _stage(16, 32, 2, blocks)
-        self.layer3 = _stage(32, 64, 2, blocks)
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-def _stage(ins: int, outs: int, stride: int, blocks: int) -> nn.Sequential:
-    rest = [Block(outs, outs, 1) for _ in range(blocks - 1)]
-    return nn.Sequential(Block(ins, outs, stride), *rest)
+NETWORKS = ("resnet20", "resnet32", "resnet44", "resnet56")
 
 
 Split = tuple[Tensor, Tensor]
@@ -154,8 +116,8 @@ def augmented(x: Tensor, generator: torch.Generator) -> Tensor:
     return x[each, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
 
 
-def trained(folder: Path, name: str) -> ResNet:
-    model = ResNet(BLOCKS[name])
+def trained(folder: Path, name: str) -> nn.Module:
+    model = getattr(fxprune.models, name)()
     model.load_state_dict(load_file(folder / f"{name}.safetensors"))
     return model.eval()
 
@@ -165,7 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("folder", type=Path, metavar="DATA_FOLDER")
     parser.add_argument("--cache", type=Path, help="folder for decoded images")
     parser.add_argument("--images", type=int, default=10_000, help="how many test images")
-    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"], choices=BLOCKS)
+    parser.add_argument("--networks", nargs="+", default=["resnet20", "resnet56"], choices=NETWORKS)
     parser.add_argument("--criteria", nargs="+", default=["l1", "ratio_sum"])
     parser.add_argument("--rates", nargs="+", type=float, default=[0.3, 0.5])
     parser.add_argument("--epochs", type=int, default=0, help="of fine-tuning, for each network")

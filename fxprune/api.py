@@ -325,13 +325,21 @@ def _count(module: nn.Module) -> int:
 
 
 @torch.inference_mode(False)
-def count(model: nn.Module, example_inputs: Any = None) -> Counts:
+def count(
+    model: nn.Module | Analysis, example_inputs: Any = None, *, plan: Plan | None = None
+) -> Counts:
     """Parameters, MACs and FLOPs of a network, pruned or not, for one item of the batch.
 
-    `example_inputs` as in `prune`; the counts are for their size. See `fxprune.counters` for what
-    each convention counts.
+    `example_inputs` as in `prune`; the counts are for their size. With `plan`, what the network
+    would cost once the plan is applied, without writing it: `PlanError` if it is for another model.
+    An `Analysis` in place of the model saves tracing again. See `fxprune.counters` for what each
+    convention counts.
     """
-    return analyze(model, example_inputs).counts()
+    analysis = model if isinstance(model, Analysis) else analyze(model, example_inputs)
+    if plan is None:
+        return analysis.counts()
+    plan.check_fits(analysis.tensors)
+    return analysis.counts(kept_by_plan(analysis, plan))
 
 
 __all__ = ["analyze", "apply", "count", "plan", "prune", "verify"]

@@ -22,6 +22,7 @@ class Member:
     """A group's part of one parameter dim: ``positions[c]`` are the indices of channel c there.
 
     Positions count along the dim, or over (blocks x dim) where blocks have channels of their own.
+    ``node`` is the one that first reads the parameter.
     """
 
     param: str
@@ -29,6 +30,7 @@ class Member:
     role: Role
     positions: np.ndarray
     blocks: int = 1
+    node: fx.Node | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,7 +237,7 @@ def _group(
         slot, count = slots[number], len(list(run))
         blocks = slot.ids.shape[0] if slot.ids.ndim == 2 else 1
         taken = positions[:, at : at + count]
-        members.append(Member(slot.param, slot.dim, slot.role, taken, blocks))
+        members.append(Member(slot.param, slot.dim, slot.role, taken, blocks, slot.node))
         at += count
     maker = next((m for m in members if m.role in ("out", "free")), members[0])
     name = maker.param.rsplit(".", 1)[0] if maker.param.endswith(".weight") else maker.param

@@ -31,7 +31,12 @@ def selected(analysis: Analysis, only: Ignore) -> set[int]:
     items = _items("only", only)
     if not items:
         return set(range(len(analysis.groups)))
-    return {i for item in items for i in _meant(analysis, "only", item)}
+    found = {i for item in items for i in _meant(analysis, "only", item)}
+    if not found:
+        shown = ", ".join(f"`{_shown(item)}`" for item in items)
+        hint = "fxprune.analyze(model).groups lists what there is"
+        raise OptionError(f"only {shown} matches nothing in the model", hint=hint)
+    return found
 
 
 def _items(option: str, given: Any) -> Sequence[Any]:
@@ -49,7 +54,9 @@ def _shown(item: Any) -> str:
 
 def _meant(analysis: Analysis, option: str, item: Any) -> set[int]:
     """The groups one item means."""
-    if isinstance(item, str) and item.startswith("role:"):
+    if isinstance(item, str) and item.removeprefix("in:").startswith("role:"):
+        if item.startswith("in:"):
+            raise OptionError(f"{option} holds `{item}`", hint="roles are of channels: no `in:`")
         return _of_role(analysis, option, item.removeprefix("role:"))
     names, inputs = _names_of(analysis, option, item)
     groups = enumerate(analysis.groups)

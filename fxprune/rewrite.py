@@ -166,6 +166,9 @@ class _Writer:
         return self.graph.call_function(torch.index_select, (source, dim, at))
 
     def _changed_in_place(self, node: fx.Node) -> bool:
+        use = self.flow.rules.get(node)
+        if use is not None and use.rule.copies:
+            return False
         for user in node.users:
             inplace = user.op == "call_module" and getattr(self.modules[user.target], "inplace", 0)
             if (inplace or mutates(user)) and user.args and user.args[0] is node:

@@ -27,7 +27,7 @@ from .trees import leaves
 
 
 class Roles:
-    """The roles of an analysed network's groups, as sets of group numbers. Frozen ones play none."""
+    """The roles of an analysed network's groups, as sets of numbers. Frozen ones play none."""
 
     def __init__(self, analysis: Analysis):
         self.analysis = analysis
@@ -85,17 +85,18 @@ class Roles:
 
     @cached_property
     def _stream(self) -> set[int]:
-        found: set[int] = set()
-        for node, use in self.analysis.flow.rules.items():
-            if use.rule.joins:
-                added = [v for v in self._values(node) if v.layers and not v.weight]
-                if len(added) > 1:
-                    found.update(i for value in added for i in self._in(value))
+        flow, found = self.analysis.flow, set[int]()
+        for node, use in flow.rules.items():
+            added = self._values(node) if use.rule.joins else []
+            if node in flow.scatters or (len(added) > 1 and _distinct(added)):
+                found.update(i for value in added for i in self._in(value))
         return found
 
     def _values(self, node: fx.Node) -> list[Value]:
+        """The operands that carry channels and are no weights."""
         values = self.analysis.flow.values
-        return [v for arg in leaves(node.args, fx.Node) for v in leaves(values.get(arg), Value)]
+        found = [v for arg in leaves(node.args, fx.Node) for v in leaves(values.get(arg), Value)]
+        return [v for v in found if v.layers and not v.weight]
 
     def _in(self, value: Value) -> Iterator[int]:
         channel = self.analysis.all_groups.channel
@@ -120,7 +121,7 @@ class Roles:
 
     @cached_property
     def _squeeze(self) -> set[int]:
-        return self._numbers(lambda i, group: i in self._inner and bool(self.gated(i)))
+        return self._numbers(lambda i, _: i in self._inner and bool(self.gated(i)))
 
     def gated(self, i: int) -> set[int]:
         """The groups that group `i` is read from and gates; none if it is no squeeze."""
@@ -130,7 +131,38 @@ class Roles:
             return set()
         read = {g for m in makers for g in self._sides.get((m.param, "in"), ())}
         made = {g for m in readers for g in self._sides.get((m.param, "out"), ())}
-        return read if read == made and i not in read else set()
+        gates = all(self._gates(m) for m in readers)
+        return read if read == made and i not in read and gates else set()
+
+    def _gates(self, member: Member) -> bool:
+        """Whether what a layer makes becomes a factor of something that does not depend on it,
+        before it reaches another layer or is added to anything."""
+        carried = set(self._nodes_like(self._uses[member.param][0]))
+        below = set(carried)
+        for node in self.analysis.graph.graph.nodes:
+            operands = node.all_input_nodes
+            if below.isdisjoint(operands):
+                continue
+            below.add(node)
+            if node in self._weighty or carried.isdisjoint(operands):
+                continue
+            others = [n for n in operands if n not in carried and self._is_data(n)]
+            use = self.analysis.flow.rules.get(node)
+            if others and use is not None and use.rule.zero == "any":
+                return below.isdisjoint(others)
+            if not others or use is None or not use.rule.joins:
+                carried.add(node)
+        return False
+
+    def _nodes_like(self, first: fx.Node) -> list[fx.Node]:
+        """The calls of one layer; a module may be called again."""
+        if first.op != "call_module":
+            return [first]
+        return [n for n in self.analysis.graph.graph.nodes if n.target == first.target]
+
+    def _is_data(self, node: fx.Node) -> bool:
+        value = self.analysis.flow.values.get(node)
+        return isinstance(value, Value) and not value.weight
 
     def _sees_one_value(self, member: Member) -> bool:
         """Whether a layer's weights are used once for each item of the batch."""
@@ -176,7 +208,14 @@ class Roles:
 
     @cached_property
     def _weighty(self) -> set[fx.Node]:
-        return {n for n, use in self.analysis.flow.uses.items() if use.rule.macs}
+        tensors, uses = self.analysis.tensors, self.analysis.flow.uses
+        return {n for n, u in uses.items() if any(tensors[p].ndim > 1 for p in u.params.values())}
+
+
+def _distinct(values: list[Value]) -> bool:
+    """Whether values come from different layers: x and a function of x alone have equal ids."""
+    ids = [layer.ids for value in values for layer in value.layers]
+    return any(each.shape != ids[0].shape or bool((each != ids[0]).any()) for each in ids)
 
 
 ROLES = ("stream", "inner", "expansion", "squeeze", "head", "stem")

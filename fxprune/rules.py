@@ -80,6 +80,7 @@ class Rule(BaseModel):
                  add)
     ``ignores``  tensors of which at most shape and dtype are read
     ``joins``    the operands are added up, as the branches of a residual block are
+    ``copies``   the result is never a view of an operand (of a movement)
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
     ``defaults`` what arguments are that a call of the function leaves out
     ``when``     what arguments (of a module: attributes) must be for the rule to fit: a value,
@@ -121,6 +122,7 @@ class Rule(BaseModel):
     norm: bool = False
     additive: bool = False
     joins: bool = False
+    copies: bool = False
     keeps_dims: bool = False
     scales: str | None = None
     adds: tuple[str, ...] = ()

@@ -60,9 +60,8 @@ def _as_scores(slices: Slices, criterion: Criterion, keep: int) -> np.ndarray:
     if keep >= size:
         return np.ones(size)
     found = _asked(slices, criterion, keep)
-    indices = found.detach().cpu().numpy() if isinstance(found, Tensor) else np.asarray(found)
-    whole = indices.ndim == 1 and np.issubdtype(indices.dtype, np.integer)
-    inside = whole and len(indices) and 0 <= indices.min() <= indices.max() < size
+    indices = _indices(found)
+    inside = len(indices) == keep and 0 <= indices.min() <= indices.max() < size
     if not inside or len(np.unique(indices)) != keep:
         raise CriterionError(
             f"criterion `{criterion}` did not give {keep} different channels of group "
@@ -72,6 +71,17 @@ def _as_scores(slices: Slices, criterion: Criterion, keep: int) -> np.ndarray:
     scores = np.zeros(size)
     scores[indices] = 1
     return scores
+
+
+def _indices(found: Any) -> np.ndarray:
+    """What a set criterion returned as an array of indices; empty if it is none."""
+    none = np.zeros(0, np.int64)
+    try:
+        tensor = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        return none
+    whole = tensor.ndim == 1 and not tensor.is_floating_point() and not tensor.is_complex()
+    return tensor.cpu().numpy() if whole and tensor.dtype != torch.bool else none
 
 
 def _asked(slices: Slices, criterion: Criterion, *keep: int) -> Any:

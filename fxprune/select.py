@@ -150,7 +150,7 @@ def _global(
     owner = np.concatenate([np.full(len(scores[i]), i) for i in shared])
     order = np.argsort(flat, kind="stable")
     count = _count(len(flat) * options.rate)
-    if options.rule == "threshold" and count > 0:
+    if options.rule == "threshold" and options.rate > 0:
         cut = flat[order[min(count, len(flat) - 1)]]
         gone = flat <= cut
     else:

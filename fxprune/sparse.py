@@ -105,7 +105,7 @@ class SparsityPenalty:
     def __repr__(self) -> str:
         return (
             f"SparsityPenalty(s={self.s:g}: {len(self):,} gammas in {len(self.names)} scales, "
-            f"{self.count} updates)"
+            f"{self.count} update{'' if self.count == 1 else 's'})"
         )
 
     @property

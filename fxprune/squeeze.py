@@ -8,7 +8,7 @@ squeeze; the units that stay are those whose weights carry most (`in_out_norm`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,8 +38,10 @@ class Squeeze:
 
 def as_squeeze(given: Any) -> Squeeze | None:
     """`OptionError` for what is no description of squeeze widths."""
-    if given is None or isinstance(given, Squeeze):
-        return given
+    if given is None:
+        return None
+    if isinstance(given, Squeeze):
+        given = asdict(given)
     if not isinstance(given, Mapping):
         kind = type(given).__name__
         raise OptionError(f"squeeze is a {kind}", hint='squeeze={"divide": 4, "round_to": 8}')
@@ -49,8 +51,10 @@ def as_squeeze(given: Any) -> Squeeze | None:
             raise OptionError(f"squeeze has no `{key}`", hint=hint)
     found = Squeeze(**given)
     check_count("squeeze['round_to']", found.round_to)
-    if isinstance(found.divide, bool) or not found.divide > 0:
-        raise OptionError(f"squeeze['divide']={found.divide!r} must be a number above 0")
+    divide: Any = found.divide
+    number = isinstance(divide, (int, float)) and not isinstance(divide, bool)
+    if not number or not 1e-3 <= divide < float("inf"):
+        raise OptionError(f"squeeze['divide']={divide!r} must be a number above 0")
     return found
 
 

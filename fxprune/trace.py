@@ -403,7 +403,7 @@ class _Tracer(TorchFunctionMode):
             if func is torch._C._set_grad_enabled and args[0] is False and not leaves_it:
                 self.note(_GRADIENTS)
             return value
-        op, target = self.target(func, name)
+        op, target = self.target(func, name, bool(kwargs))
         node = self.create(op, target, self.nodes_of(args), self.nodes_of(kwargs))
         if mutates:
             node.meta["val"] = None
@@ -421,11 +421,11 @@ class _Tracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             return mapped(fresh, value)
 
-    def target(self, func, name: str) -> tuple[str, Any]:
+    def target(self, func, name: str, keywords: bool) -> tuple[str, Any]:
         if isinstance(func, (types.MethodDescriptorType, types.WrapperDescriptorType)) or (
             getattr(torch.Tensor, name, None) is func
         ):
-            if name in _DUNDERS:
+            if name in _DUNDERS and not keywords:  # operators take none
                 return "call_function", _DUNDERS[name]
             return "call_method", name
         if getattr(func, "__module__", "") == "torch._tensor":  # Python wrappers of methods

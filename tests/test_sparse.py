@@ -699,7 +699,7 @@ def test_a_resumed_penalty_goes_on_where_it_was():
 def test_repr_is_short():
     penalty = penalty_of(small(), s=2e-5)
     penalty.step()
-    assert repr(penalty) == "SparsityPenalty(s=2e-05: 17 gammas in 3 scales, 1 updates)"
+    assert repr(penalty) == "SparsityPenalty(s=2e-05: 17 gammas in 3 scales, 1 update)"
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -127,7 +127,9 @@ def _options(found: Criterion) -> dict[str, Any]:
 
 def _checked(name: str, key: str, hint: Any, value: Any) -> Any:
     try:
-        return TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
+        return TypeAdapter(
+            hint, config=ConfigDict(strict=True, arbitrary_types_allowed=True)
+        ).validate_python(value)
     except ValidationError as error:
         why = error.errors()[0]["msg"]
         raise OptionError(f"criterion `{name}` option {key}={value!r}: {why}") from None

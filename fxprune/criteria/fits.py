@@ -54,7 +54,8 @@ def _bins(norms: Tensor, keep: int) -> list[Tensor]:
 def _normal_quantiles(norms: Tensor, keep: int) -> Tensor:
     shares = (torch.arange(keep, dtype=norms.dtype) + 0.5) / keep
     spread = norms.std(correction=0)
-    return norms.mean() + spread * torch.from_numpy(gaussian.ppf(shares.numpy()))
+    quantiles = torch.from_numpy(gaussian.ppf(shares.numpy()))
+    return norms.mean() + spread * quantiles.to(norms.device)
 
 
 def _nearest(norms: Tensor, targets: Tensor) -> Tensor:

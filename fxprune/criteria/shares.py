@@ -20,20 +20,27 @@ def ratio_sum(group: Slices, *, normalize: bool = False) -> Scores:
     that wide and narrow layers can be ranked together. The paper's two possible readings are
     ``select_by="cumulative"`` on the plain share, and a global threshold on the normalised one.
     """
+    return [
+        _share(own, whole, len(whole) / each if normalize else 1)
+        for own, whole, each in _sizes(group)
+    ]
+
+
+def _sizes(group: Slices) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """For each layer: sizes of the group's channels, of all elements, elements a channel."""
     if group.scales:
-        pairs = zip(group.scales, group.all_scales, strict=True)
-        return [_share(own, whole, normalize) for own, whole in pairs]
-    sums = ((own.abs().sum(1), whole.abs().sum(1)) for own, whole in _layers(group))
-    return [_share(own, whole, normalize) for own, whole in sums]
+        yield from zip(group.scales, group.all_scales, group.per_scale, strict=True)
+        return
+    for own, whole in _layers(group):
+        yield own.abs().sum(1), whole.abs().sum(1), own.shape[1] // whole.shape[1]
 
 
 def _layers(group: Slices) -> Iterator[tuple[Tensor, Tensor]]:
     return zip(group.filters, group.layers, strict=True)
 
 
-def _share(own: Tensor, whole: Tensor, normalize: bool) -> Tensor:
-    share = own / whole.sum().clamp_min(torch.finfo(whole.dtype).tiny)
-    return share * len(whole) if normalize else share
+def _share(own: Tensor, whole: Tensor, factor: float) -> Tensor:
+    return factor * own / whole.sum().clamp_min(torch.finfo(whole.dtype).tiny)
 
 
 @criterion("geometric_median")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 
 import numpy as np
 import torch
@@ -48,21 +48,36 @@ class Slices:
         return [self.whole(m).abs().sum(1) for m in self._members("scale")]
 
     @property
-    def gammas(self) -> list[Tensor]:
-        """(channels,) for each of `filters`: |gamma| of the normalisation that comes right after
-        that layer, ones where none does."""
-        return [self._gamma_after(member) for member in self._filters()]
+    def per_scale(self) -> list[int]:
+        """How many elements of each normalisation's scale belong to one channel."""
+        return [m.positions.shape[1] for m in self._members("scale")]
 
-    def _gamma_after(self, member: Member) -> Tensor:
-        at = next(i for i, m in enumerate(self.group.members) if m is member)
-        until = takewhile(lambda m: not self._is_weight(m), self.group.members[at + 1 :])
-        scale = next((m for m in until if m.role == "scale"), None)
+    @property
+    def gammas(self) -> list[Tensor]:
+        """(channels,) for each of `filters`: |gamma| of the first normalisation behind that layer,
+        ones where there is none before the next layer."""
+        return [self._gamma_behind(member) for member in self._filters()]
+
+    def _gamma_behind(self, member: Member) -> Tensor:
+        scale = self._first_scale(member)
         if scale is None:
-            return torch.ones(len(self), dtype=self.whole(member).dtype)
+            whole = self.whole(member)
+            return torch.ones(len(self), dtype=whole.dtype, device=whole.device)
         return self.of(scale).reshape(len(self), -1).abs().sum(1)
 
-    def _is_weight(self, member: Member) -> bool:
-        return member.role in ("out", "through") and self.tensors[member.param].ndim > 1
+    def _first_scale(self, member: Member) -> Member | None:
+        """Breadth first along the graph, up to layers that read or make these channels."""
+        scales = {m.node: m for m in self._members("scale")}
+        layers = {m.node for m in self.group.members if self.tensors[m.param].ndim > 1}
+        rest, seen = deque([member.node]), {member.node}
+        while rest:
+            at = rest.popleft()
+            if at in scales:
+                return scales[at]
+            if at is not None and (at is member.node or at not in layers):
+                rest += [user for user in at.users if user not in seen]
+                seen |= {*at.users}
+        return None
 
     @property
     def consumers(self) -> list[Tensor]:

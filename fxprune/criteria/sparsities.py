@@ -45,6 +45,6 @@ def l1_gamma(group: Slices) -> Scores:
 
 def _share_beside_mean(own: Tensor, whole: Tensor, side: Side) -> Tensor:
     """(channels,) shares in {0, 1/C, ..., 1}; a weight of exactly the mean is on neither side."""
-    size, mean = own.abs(), whole.abs().mean()
+    size, mean = own.abs().double(), whole.abs().double().mean()
     chosen = size > mean if side == "above" else size < mean
-    return chosen.sum(1, dtype=own.dtype) / own.shape[1]
+    return chosen.double().mean(1)
