@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from training.data import DIGITS, Data, load, on_device
+from training.data import DIGITS, Data, found_in, load, on_device
 from training.loop import Place, Trainer, accuracy, fit, latency, place, write, write_text
 from training.results import Line, Results, Run, lines
 
@@ -416,8 +416,12 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, help="folder for all files (default: train-SYSTEM)")
     add("--seeds", type=int, default=1, help="how many trainings, with seeds 0, 1, ...")
 
-    add("--data", default=DIGITS, help="digits, cifar10, cifar100, fashion, food101 or FILE.npz")
-    add("--data-dir", type=Path, help="where the data set lies")
+    add(
+        "--data",
+        default=DIGITS,
+        help="digits, cifar10, cifar100, fashion, food101, FILE.npz, or a folder with one of them",
+    )
+    add("--data-dir", type=Path, help="where a data set that is named lies")
     add("--download", action="store_true", help="fetch the data set into --data-dir")
     add("--size", type=int, help="height and width that images are brought to, in pixels")
     add("--workers", type=int, default=4, help="processes that read images (food101)")
@@ -448,6 +452,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def _filled(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
     """The system's own choices where none were given."""
     system = SYSTEMS[args.system]
+    if Path(args.data).is_dir():
+        args.data, args.data_dir = found_in(Path(args.data)), Path(args.data)
     args.output = args.output or Path(f"train-{args.system}")
     sizes = SIZES[args.system]
     args.size = args.size or sizes.get(args.data, sizes.get(""))

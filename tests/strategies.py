@@ -1975,6 +1975,7 @@ class Choice:
     round_to: int = 1
     mixing: str = "norms"
     select_by: str = "rate"
+    scatter: bool = False
 
     def criterion(self, group) -> Tensor:
         """A random score a channel, the same on every machine."""
@@ -1984,7 +1985,7 @@ class Choice:
     def options(self) -> dict:
         own = {
             name: getattr(self, name)
-            for name in ("rate", "scope", "round_to", "mixing", "select_by")
+            for name in ("rate", "scope", "round_to", "mixing", "select_by", "scatter")
         }
         return {"criterion": self.criterion, **own}
 
@@ -2005,6 +2006,7 @@ def draw_choice(seed: int) -> Choice:
         round_to=dice.choice(ROUNDINGS),
         mixing=dice.choice(MIXINGS),
         select_by=dice.choice(SELECTIONS),
+        scatter=dice.random() < 0.25,
     )
 
 
@@ -2018,4 +2020,5 @@ def choices() -> st.SearchStrategy[Choice]:
         round_to=st.sampled_from(ROUNDINGS),
         mixing=st.sampled_from(MIXINGS),
         select_by=st.sampled_from(SELECTIONS),
+        scatter=st.booleans(),
     )

@@ -418,6 +418,31 @@ def test_fashion_images_are_read_from_gz_files(example, tmp_path):
         example.load("fashion", tmp_path, size=32)
 
 
+@pytest.mark.parametrize(
+    ("inside", "name"),
+    [
+        ("cifar-10-batches-py", "cifar10"),
+        ("cifar-100-python", "cifar100"),
+        ("food-101", "food101"),
+        ("FashionMNIST", "fashion"),
+        ("train-images-idx3-ubyte.gz", "fashion"),
+    ],
+)
+def test_a_folder_is_known_by_what_lies_in_it(example, tmp_path, inside, name):
+    (tmp_path / inside).mkdir()
+    args = example.arguments(["distfit", "--data", str(tmp_path)])
+    assert (args.data, args.data_dir) == (name, tmp_path)
+
+
+def test_a_folder_of_no_data_set_or_of_two_is_refused(example, tmp_path):
+    with pytest.raises(SystemExit, match="no data set that is known"):
+        example.arguments(["distfit", "--data", str(tmp_path)])
+    for inside in ("cifar-10-batches-py", "food-101"):
+        (tmp_path / inside).mkdir()
+    with pytest.raises(SystemExit, match="cifar10 and food101: name it"):
+        example.arguments(["distfit", "--data", str(tmp_path)])
+
+
 def test_cifar_images_are_torchvisions(example, tmp_path, monkeypatch):
     datasets = pytest.importorskip("torchvision.datasets")
 

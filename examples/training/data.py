@@ -138,6 +138,27 @@ def load(
     return in_memory(Path(name).stem, parts, size)
 
 
+HOMES = {
+    "cifar10": "cifar-10-batches-py",
+    "cifar100": "cifar-100-python",
+    "food101": "food-101",
+    "fashion": "*-ubyte.gz",
+}
+
+
+def found_in(folder: Path) -> str:
+    """The data set that lies in a folder, by the names torchvision gives its files; `SystemExit`
+    where there is none, or more than one."""
+    found = [name for name, home in HOMES.items() if any(folder.glob(home))]
+    found += ["fashion"] if (folder / "FashionMNIST").is_dir() else []
+    if len(found) != 1:
+        held = " and ".join(found) or "no data set that is known"
+        raise SystemExit(
+            f"{folder} holds {held}: name it, as in --data cifar10 --data-dir {folder}"
+        )
+    return found[0]
+
+
 def in_memory(name: str, arrays: Sequence[np.ndarray], size: int | None) -> Data:
     """`Data` of x_train, y_train, x_test, y_test; x is uint8 [N, H, W] or [N, H, W, 1 or 3]."""
     mirror = name in MIRRORED

@@ -6,8 +6,6 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import norm as gaussian
 from torch import Tensor
 
 from . import criterion
@@ -54,11 +52,12 @@ def _bins(norms: Tensor, keep: int) -> list[Tensor]:
 def _normal_quantiles(norms: Tensor, keep: int) -> Tensor:
     shares = (torch.arange(keep, dtype=norms.dtype) + 0.5) / keep
     spread = norms.std(correction=0)
-    quantiles = torch.from_numpy(gaussian.ppf(shares.numpy()))
-    return norms.mean() + spread * quantiles.to(norms.device)
+    return norms.mean() + spread * torch.special.ndtri(shares).to(norms.device)
 
 
 def _nearest(norms: Tensor, targets: Tensor) -> Tensor:
     """A filter of its own for each target, at the least distance in all."""
+    from scipy.optimize import linear_sum_assignment  # takes its time to import
+
     distances = (targets[:, None] - norms[None]).abs().cpu().numpy()
     return torch.from_numpy(linear_sum_assignment(distances)[1])
