@@ -46,6 +46,10 @@ WAYS: dict[str, Options] = {
     "distribution_fit (stream kept)": {"recipe": "distribution_fit_resnet:A"},
     "l1 (stream kept)": {"criterion": "l1", "scatter": True, "ignore": ["role:stem"]},
     "random (inner)": {"criterion": "random", "only": ["role:inner"]},
+    "distribution_fit, middle of each bin (inner)": {
+        "criterion": {"name": "distribution_fit", "redundancy": None},
+        "only": ["role:inner"],
+    },
 }
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import platform
 import re
 import sys
@@ -236,7 +237,18 @@ class Experiment:
     def variants(self) -> list[Variant]:
         args = self.args
         at = [{"rate": rate} for rate in args.rates] + [{"macs": share} for share in args.macs]
-        return [Variant(), *(Variant(recipe, **one) for recipe in args.recipes for one in at)]
+        asked = (Variant(recipe, **one) for recipe in args.recipes for one in at)
+        return [*dict.fromkeys((Variant(), *asked))]
+
+    def check(self) -> None:
+        """What would end a row, before hours of training: a recipe that does not fit the network,
+        or is not the one that an earlier run began the row with."""
+        for variant in self.variants()[1:]:
+            for seed in range(self.args.seeds):
+                check_same(self.file(seed, variant).with_suffix(".recipe.json"), variant.recipe)
+        model = self.system.build(self.args, self.data.classes)
+        for recipe in self.args.recipes:
+            check_fits(model, self.example, recipe, self.args.rates, self.args.macs)
 
     # -- stages ------------------------------------------------------------------------------------
 
@@ -264,11 +276,17 @@ class Experiment:
         model.load_state_dict(load_file(file))
         return model.eval()
 
+    def file(self, seed: int, variant: Variant) -> Path:
+        return self.args.output / f"seed{seed}" / f"{variant.file}.json"
+
     def row(self, seed: int, dense: nn.Module, variant: Variant) -> Run:
         """What one variant of a trained network comes to; from its file where there is one."""
-        file = self.args.output / f"seed{seed}" / f"{variant.file}.json"
+        file = self.file(seed, variant)
         if file.exists():
-            return json.loads(file.read_text())
+            return read_json(file)
+        if variant.recipe and self.place.main:
+            text = json.dumps(pruning_of(variant.recipe), indent=1)
+            write_text(file.with_suffix(".recipe.json"), text)
         run: Run = {"seed": seed, "recipe": variant.recipe, "asked": variant.asked}
         model, run["rate"] = self.pruned(dense, variant)
         counts = fxprune.count(model, self.example)
@@ -363,19 +381,47 @@ class Experiment:
 def rate_for(model: nn.Module, x: Tensor, recipe: str, share: float, steps: int = 10) -> float:
     """The lowest rate, to 1 / 2**steps, at which at most `share` of the MACs are left. Halving
     finds it, as a higher rate never leaves more."""
-    own = recipes.find(recipe)
-    analysis = fxprune.analyze(model, x, mixing=own.mixing, scatter=own.scatter)
-    low, high, most = 0.0, 1.0, share * analysis.macs()
+    analysis = analysis_for(model, x, recipe)
+    low, high = 0.0, 1.0
     for _ in range(steps):
         middle = (low + high) / 2
-        plan = fxprune.plan(analysis, recipe=recipe, rate=middle)
-        left = fxprune.count(analysis, plan=plan).macs
-        low, high = (middle, high) if left > most else (low, middle)
+        left = share_left(analysis, recipe, middle)
+        low, high = (middle, high) if left > share else (low, middle)
     if high == 1.0:
-        raise SystemExit(
-            f"{recipe} cannot get {type(model).__name__} down to {share:g} of its MACs"
-        )
+        raise SystemExit(unreachable(model, recipe, share))
     return high
+
+
+def analysis_for(model: nn.Module, x: Tensor, recipe: str) -> fxprune.Analysis:
+    own = recipes.find(recipe)
+    return fxprune.analyze(model, x, mixing=own.mixing, scatter=own.scatter)
+
+
+def share_left(analysis: fxprune.Analysis, recipe: str, rate: float) -> float:
+    """The share of the MACs that is left at a rate."""
+    plan = fxprune.plan(analysis, recipe=recipe, rate=rate)
+    return fxprune.count(analysis, plan=plan).macs / analysis.macs()
+
+
+def check_fits(
+    model: nn.Module, x: Tensor, recipe: str, rates: Sequence[float], macs: Sequence[float]
+) -> None:
+    """Plan a recipe on a network, trained or not: the errors of `fxprune.plan`, and `SystemExit`
+    for shares of the MACs that are too small to be reached.
+
+    Only the highest rate tells of shares: the scores of a network that was not trained may all be
+    alike, so that what is left at other rates says nothing of the trained one.
+    """
+    analysis = analysis_for(model, x, recipe)
+    for rate in rates:
+        fxprune.plan(analysis, recipe=recipe, rate=rate)
+    least = share_left(analysis, recipe, 1 - 2**-10) if macs else 0.0
+    if macs and least > min(macs):
+        raise SystemExit(unreachable(model, recipe, min(macs)) + f"; {least:.2g} is the least")
+
+
+def unreachable(model: nn.Module, recipe: str, share: float) -> str:
+    return f"{recipe} cannot get {type(model).__name__} down to {share:g} of its MACs"
 
 
 def _changed(how: Any, epochs: int | None, lr: float | None, batch: int | None) -> Any:
@@ -401,7 +447,7 @@ def check_settings(file: Path, settings: dict[str, Any], place: Place) -> None:
     if not file.exists() and place.main:
         write_text(file, json.dumps(settings, indent=1))
     place.wait()
-    before = json.loads(file.read_text())
+    before = read_json(file)
     other = [name for name in settings if settings[name] != before.get(name)]
     if other:
         raise SystemExit(
@@ -409,12 +455,60 @@ def check_settings(file: Path, settings: dict[str, Any], place: Place) -> None:
         )
 
 
+def pruning_of(recipe: str) -> dict[str, Any]:
+    """All of a recipe that decides what is pruned."""
+    others = {"name", "about", "source", "ours", "variants", "sparse", "train", "fine_tune"}
+    return recipes.find(recipe).model_dump(mode="json", exclude=others)
+
+
+def check_same(file: Path, recipe: str) -> None:
+    """`SystemExit` where a row was begun with another version of its recipe."""
+    if file.exists() and read_json(file) != pruning_of(recipe):
+        raise SystemExit(
+            f"{file.with_suffix('').stem} in {file.parent} was pruned by another version of recipe "
+            f"{recipe}; choose another --output"
+        )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; `SystemExit` for a file that holds none."""
+    try:
+        found = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise SystemExit(f"{file} is broken ({error}); choose another --output") from None
+    if not isinstance(found, dict):
+        raise SystemExit(f"{file} is broken (no JSON object); choose another --output")
+    return found
+
+
+def _number(kind: Callable[[str], Any], fits: Callable[[Any], bool], what: str) -> Any:
+    """A type for argparse: a number that `fits`."""
+
+    def read(text: str) -> Any:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not fits(number):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return number
+
+    return read
+
+
+COUNT = _number(int, lambda n: n >= 1, "a whole number of at least 1")
+COUNT_OR_NONE = _number(int, lambda n: n >= 0, "a whole number of at least 0")
+POSITIVE = _number(float, lambda n: 0 < n < math.inf, "a finite number above 0")
+STRENGTH = _number(float, lambda n: 0 <= n < math.inf, "a finite number of at least 0")
+SHARE = _number(float, lambda n: 0 < n < 1, "a number between 0 and 1")
+
+
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("system", choices=SYSTEMS)
     add("--output", type=Path, help="folder for all files (default: train-SYSTEM)")
-    add("--seeds", type=int, default=1, help="how many trainings, with seeds 0, 1, ...")
+    add("--seeds", type=COUNT, default=1, help="how many trainings, with seeds 0, 1, ...")
 
     add(
         "--data",
@@ -423,33 +517,33 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--data-dir", type=Path, help="where a data set that is named lies")
     add("--download", action="store_true", help="fetch the data set into --data-dir")
-    add("--size", type=int, help="height and width that images are brought to, in pixels")
-    add("--workers", type=int, default=4, help="processes that read images (food101)")
+    add("--size", type=COUNT, help="height and width that images are brought to, in pixels")
+    add("--workers", type=COUNT_OR_NONE, default=4, help="processes that read images (food101)")
 
     add("--depth", type=int, default=20, choices=(20, 32, 44, 56, 110), help="distfit's ResNet")
     add("--recipes", nargs="+", help="names, name:variant or files of one's own")
     add("--training", metavar="RECIPE", help="whose training is taken (default: the system's own)")
-    add("--rates", nargs="+", type=float, help="pruning rates")
-    add("--macs", nargs="+", type=float, help="shares of the MACs to leave; finds the rates")
+    add("--rates", nargs="+", type=SHARE, help="pruning rates")
+    add("--macs", nargs="+", type=SHARE, help="shares of the MACs to leave; finds the rates")
 
-    add("--epochs", type=int, help="of the dense network")
-    add("--fine-tune-epochs", type=int, help="of every row")
-    add("--lr", type=float)
-    add("--fine-tune-lr", type=float)
-    add("--batch", type=int, help="over all processes")
-    add("--sparsity", type=float, help="strength of the L1 term in sparse training; 0: none")
-    add("--steps", type=int, help="at most so many steps a training")
+    add("--epochs", type=COUNT, help="of the dense network")
+    add("--fine-tune-epochs", type=COUNT, help="of every row")
+    add("--lr", type=POSITIVE)
+    add("--fine-tune-lr", type=POSITIVE)
+    add("--batch", type=COUNT, help="over all processes")
+    add("--sparsity", type=STRENGTH, help="strength of the L1 term in sparse training; 0: none")
+    add("--steps", type=COUNT, help="at most so many steps a training")
 
     add("--device", default="auto", help="cpu, cuda, cuda:1; auto takes a GPU where there is one")
     add("--amp", action="store_true", help="float16 on GPUs, bfloat16 on CPUs")
     add("--channels-last", action="store_true")
-    add("--threads", type=int, help="of the CPU (default: all)")
-    add("--latency-batch", type=int, default=32, help="images for the times")
-    add("--latency-rounds", type=int, default=15)
-    return _filled(parser, parser.parse_args(argv))
+    add("--threads", type=COUNT, help="of the CPU (default: all)")
+    add("--latency-batch", type=COUNT, default=32, help="images for the times")
+    add("--latency-rounds", type=COUNT, default=15)
+    return _filled(parser.parse_args(argv))
 
 
-def _filled(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argparse.Namespace:
+def _filled(args: argparse.Namespace) -> argparse.Namespace:
     """The system's own choices where none were given."""
     system = SYSTEMS[args.system]
     if Path(args.data).is_dir():
@@ -462,8 +556,6 @@ def _filled(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argpar
     if args.rates is None and args.macs is None:
         args.rates, args.macs = system.rates, system.macs
     args.rates, args.macs = args.rates or (), args.macs or ()
-    if not all(0 < share < 1 for share in (*args.rates, *args.macs)):
-        parser.error("--rates and --macs take numbers between 0 and 1")
     return args
 
 
@@ -472,7 +564,14 @@ def loaded(args: argparse.Namespace, *, download: bool = False) -> Data:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = arguments(argv)
+    """Errors that are the caller's to mend end the script with their message alone."""
+    try:
+        run(arguments(argv))
+    except (fxprune.FxpruneError, OSError) as error:
+        raise SystemExit(str(error)) from error
+
+
+def run(args: argparse.Namespace) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     here = place(args.device, amp=args.amp, channels_last=args.channels_last)
@@ -486,6 +585,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         made = Experiment(args, SYSTEMS[args.system], on_device(data, here.device), here, progress)
+        made.check()
         check_settings(args.output / "settings.json", made.settings(), here)
         runs = made.runs()
     if here.main:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import criteria, errors, models, recipes, rules
+    from . import criteria, errors, models, recipes, rules, sparse
     from .analysis import Analysis
     from .api import analyze, apply, count, plan, prune, verify
     from .criteria import criterion
@@ -50,6 +50,7 @@ __all__ = [
     "prune",
     "recipes",
     "rules",
+    "sparse",
     "verify",
 ]
 
@@ -60,7 +61,7 @@ def __getattr__(name: str):
 
     if name in _HOMES:
         found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    elif name in ("criteria", "errors", "models", "recipes", "rules"):
+    elif name in ("criteria", "errors", "models", "recipes", "rules", "sparse"):
         found = importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module 'fxprune' has no attribute {name!r}")

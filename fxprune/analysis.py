@@ -96,7 +96,7 @@ class Analysis:
     def batch(self) -> int:
         first = next((v for v in self.graph.graph.nodes if v.op == "placeholder"), None)
         value = first.meta["val"] if first is not None else None
-        return int(value.shape[0]) if isinstance(value, Tensor) and value.ndim else 1
+        return int(value.shape[0]) if isinstance(value, Tensor) and value.ndim > 1 else 1
 
 
 def _frozen(group: Group) -> Frozen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import fields
+from itertools import zip_longest
 from typing import Any, Literal
 
 import torch
@@ -53,7 +54,7 @@ def prune(
     min_channels: int | None = None,
     max_rate: float | None = None,
     round_to: int | None = None,
-    squeeze: Squeeze | Mapping[str, Any] | None = None,
+    squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     mixing: Mixing | None = None,
     scatter: bool | None = None,
     verify: Verify = True,
@@ -84,7 +85,8 @@ def prune(
     ignore:         layers whose output channels all stay, in the same words; ``"in:PATTERN"`` keeps
                     a layer's input channels instead.
     min_channels, max_rate, round_to: floor, cap and divisor of each group's width; 1, 1 and 1.
-    squeeze:        ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate.
+    squeeze:        ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate;
+                    False (beside a recipe) leaves them alone.
     mixing:         which ops may run on over fewer channels although their statistics change:
                     "norms" (the default), "all", "none".
     scatter:        residual streams keep their width; each branch that is added to one loses
@@ -193,7 +195,7 @@ def plan(
     min_channels: int | None = None,
     max_rate: float | None = None,
     round_to: int | None = None,
-    squeeze: Squeeze | Mapping[str, Any] | None = None,
+    squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     scores: bool = False,
 ) -> Plan:
     """What to keep of every parameter, without writing a network; the options are `prune`'s.
@@ -205,7 +207,8 @@ def plan(
         kind = type(given).__name__
         raise OptionError(f"plan takes an Analysis, not a {kind}", hint="fxprune.analyze(model)")
     chosen = settings(recipe, _given(locals()))
-    _check_analysed(analysis, chosen)
+    if recipe is not None:
+        _check_analysed(analysis, chosen)
     check_finite(_weights(analysis))
     _check_prunable(analysis)
     return make_plan(analysis, chosen, silent, with_scores=scores)[0]
@@ -215,9 +218,10 @@ def _check_analysed(analysis: Analysis, chosen: Settings) -> None:
     """A recipe's options of analysis must be those the analysis was made with."""
     for name in ("mixing", "scatter"):
         wanted, found = getattr(chosen, name), getattr(analysis, name)
-        if chosen.recipe and wanted != found:
+        if wanted != found:
+            recipe = chosen.recipe or "without a name"
             raise OptionError(
-                f"recipe `{chosen.recipe}` needs an analysis with {name}={wanted!r}",
+                f"recipe `{recipe}` needs an analysis with {name}={wanted!r}",
                 hint=f"fxprune.analyze(model, {name}={wanted!r})",
             )
 
@@ -242,16 +246,19 @@ def apply(
 
 def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis:
     check_model(model)
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"the plan is a {type(plan).__name__}, not a Plan", hint="Plan.from_json(text)"
-        )
-    plan.check_fits(tensors_of(model))
+    _check_plan(plan, tensors_of(model))
     if example_inputs is None and plan.inputs is not None:
         inputs = of_spec(plan.inputs)
         example_inputs = inputs.kwargs or inputs.args
     how: Any = {"mixing": plan.mixing, "scatter": plan.scatter}
     return analyze(model, example_inputs, **how)
+
+
+def _check_plan(plan: Any, tensors: Mapping[str, Tensor]) -> None:
+    if not isinstance(plan, Plan):
+        kind = type(plan).__name__
+        raise PlanError(f"the plan is a {kind}, not a Plan", hint="Plan.from_json(text)")
+    plan.check_fits(tensors)
 
 
 def _finish(
@@ -300,24 +307,35 @@ def verify(
 
 
 def _report(analysis: Analysis, plan: Plan, kept: Tensor, pruned: PrunedModule) -> Report:
-    rows = [
-        Row(g.name, g.size, g.kept, len(group.members), g.reason)
-        for g, group in zip(plan.groups, analysis.groups, strict=False)
-    ]
+    groups, left = analysis.groups, _left(analysis, kept)
+    planned = zip_longest(groups, left, (g.reason for g in plan.groups[: len(groups)]))
+    rows = [Row(g.name, len(g), stay, len(g.members), why or "") for g, stay, why in planned]
     return Report(
         model=plan.model,
         recipe=plan.recipe,
         criterion=plan.criterion,
         rate=plan.rate,
         scope=plan.scope,
+        select_by=plan.select_by,
         frontend=analysis.frontend,
         inputs=analysis.inputs.describe(),
         guessed=analysis.inputs.guessed,
         groups=rows,
         params=(_count(analysis.model), _count(pruned)),
         macs=(analysis.macs(), analysis.macs(kept)),
-        warnings=list(analysis.warnings),
+        warnings=[*analysis.warnings, *plan.warnings],
     )
+
+
+def _left(analysis: Analysis, kept: Tensor) -> list[int]:
+    """How many channels of each group the mask of kept ids leaves."""
+    channel = torch.from_numpy(analysis.all_groups.channel)
+    stays = torch.ones(int(channel.max()) + 1, dtype=torch.bool)
+    stays[channel[~kept]] = False
+    groups = analysis.groups
+    return [
+        int(stays[torch.from_numpy(g.channels)].sum()) if g.prunable else len(g) for g in groups
+    ]
 
 
 def _count(module: nn.Module) -> int:
@@ -335,11 +353,18 @@ def count(
     An `Analysis` in place of the model saves tracing again. See `fxprune.counters` for what each
     convention counts.
     """
-    analysis = model if isinstance(model, Analysis) else analyze(model, example_inputs)
     if plan is None:
-        return analysis.counts()
-    plan.check_fits(analysis.tensors)
-    return analysis.counts(kept_by_plan(analysis, plan))
+        found = model if isinstance(model, Analysis) else analyze(model, example_inputs)
+        return found.counts()
+    if not isinstance(model, Analysis):
+        model = _analysis_for(model, plan, example_inputs)
+    _check_plan(plan, model.tensors)
+    if plan.scatter != model.scatter:
+        raise OptionError(
+            f"the plan was made with scatter={plan.scatter}, the analysis with {model.scatter}",
+            hint=f"fxprune.analyze(model, scatter={plan.scatter})",
+        )
+    return model.counts(kept_by_plan(model, plan))
 
 
 __all__ = ["analyze", "apply", "count", "plan", "prune", "verify"]

@@ -31,7 +31,9 @@ class Counts:
     slimming: int
 
     def __str__(self) -> str:
-        return f"{self.parameters:,} parameters, {self.macs:,} MACs, {self.slimming:,} FLOPs"
+        return (
+            f"{self.parameters:,} parameters, {self.macs:,} MACs, {self.slimming:,} slimming FLOPs"
+        )
 
 
 def counts(

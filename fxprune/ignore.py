@@ -34,8 +34,13 @@ def selected(analysis: Analysis, only: Ignore) -> set[int]:
     found = {i for item in items for i in _meant(analysis, "only", item)}
     if not found:
         shown = ", ".join(f"`{_shown(item)}`" for item in items)
-        hint = "fxprune.analyze(model).groups lists what there is"
-        raise OptionError(f"only {shown} matches nothing in the model", hint=hint)
+        roles = Roles(analysis)
+        there = ", ".join(f"{role} ({len(roles.of(role))})" for role in ROLES if roles.of(role))
+        raise OptionError(
+            f"only {shown} matches nothing in the model",
+            details=[("roles", f"groups of this network are: {there}")],
+            hint="choose others with only=[...]",
+        )
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .analysis import Analysis
+from .errors import OptionError
 from .ids import Freeze
 from .ignore import check_patterns, ignored, selected
 from .plans import GroupPlan, Plan, fingerprint, shapes_of
@@ -26,8 +27,7 @@ def make_plan(
     analysis: Analysis, chosen: Settings, watch: Watch, *, with_scores: bool = False
 ) -> tuple[Plan, Tensor]:
     """The plan, and the mask of kept ids it was written from."""
-    options = _bound(analysis, chosen)
-    check_patterns(analysis, options.rates)
+    options = _bound_as(analysis, chosen)
     groups, criterion = analysis.all_groups, chosen.found
     keep = asked_widths(groups, options) if criterion.kind == "set" else None
     scores = score(groups, analysis.tensors, criterion, reduce=chosen.reduce, keep=keep)
@@ -40,6 +40,18 @@ def make_plan(
     made = _write_plan(analysis, selection, kept, chosen, options, scores if with_scores else {})
     watch("select", (analysis, scores), made)
     return made, kept
+
+
+def _bound_as(analysis: Analysis, chosen: Settings) -> Options:
+    """The options bound to this network; errors name the recipe they are from."""
+    try:
+        options = _bound(analysis, chosen)
+        check_patterns(analysis, options.rates)
+    except OptionError as error:
+        if chosen.recipe:
+            error.details.append(("recipe", chosen.recipe))
+        raise
+    return options
 
 
 def _bound(analysis: Analysis, chosen: Settings) -> Options:
@@ -77,10 +89,12 @@ def _write_plan(
         criterion=str(chosen.found),
         rate=options.rate,
         scope=options.scope,
+        select_by=options.rule,
         mixing=analysis.mixing,
         scatter=analysis.scatter,
         kept=kept,
         groups=rows,
+        warnings=selection.warnings,
     )
 
 

@@ -46,10 +46,12 @@ class Plan(BaseModel):
     criterion: str = ""
     rate: float | None = None
     scope: str = "local"
+    select_by: str = "rate"
     mixing: str = "norms"
     scatter: bool = False
     kept: dict[str, dict[int, Kept]] = Field(default_factory=dict)
     groups: list[GroupPlan] = Field(default_factory=list)
+    warnings: list[str] = Field(default_factory=list)
 
     def __repr__(self) -> str:
         rate = f" at {self.rate:g}" if self.rate is not None else ""

@@ -8,9 +8,9 @@ fields: ``recipe="distribution_fit_resnet:A"``.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -20,9 +20,9 @@ from .flow import Mixing
 from .score import Reduce
 from .select import Scope, SelectRule
 from .squeeze import Squeeze, as_squeeze
-from .yamlfile import Fault, doubled, folder, line_of, parsed, shown, text_of
+from .yamlfile import Fault, folder, line_of, parsed, shown, text_of
 
-_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True)
+_STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Sparse(BaseModel):
@@ -54,7 +54,7 @@ class Training(BaseModel):
     nesterov: bool = False
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "step", "cosine", "one_cycle"] = "constant"
-    milestones: list[float] = Field(default_factory=list)
+    milestones: list[Annotated[float, Field(gt=0, lt=1)]] = Field(default_factory=list)
     gamma: float = Field(0.1, gt=0, le=1)
 
 
@@ -89,6 +89,11 @@ class Recipe(BaseModel):
     train: Training | None = None
     fine_tune: Training | None = None
     variants: tuple[str, ...] = ()
+
+    @field_validator("only", "ignore", mode="before")
+    @classmethod
+    def _listed(cls, given: Any) -> Any:
+        return [given] if isinstance(given, str) else given
 
     @field_validator("criterion")
     @classmethod
@@ -153,11 +158,11 @@ def find(which: RecipeLike) -> Recipe:
 def _split(text: str) -> tuple[Path, str]:
     """The file of a recipe, and its variant."""
     known = {path.stem: path for path in _shipped()}
-    name, _, variant = (text, "", "") if Path(text).is_file() else text.rpartition(":")
+    name, _, variant = (text, "", "") if _is_file(text) else text.rpartition(":")
     name, variant = (name, variant) if name else (variant or text, "")
     if name in known:
         return known[name], variant
-    if Path(name).suffix in (".yaml", ".yml") or Path(name).is_file():
+    if Path(name).suffix in (".yaml", ".yml") or _is_file(name):
         return Path(name), variant
     raise RecipeError(
         f"no recipe `{name}`",
@@ -166,10 +171,17 @@ def _split(text: str) -> tuple[Path, str]:
     )
 
 
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a file's name, or not fit for one
+        return False
+
+
 def read(path: Path, variant: str = "") -> Recipe:
     """The recipe of one file; `RecipeError` names file and line of what is wrong."""
-    stamp = path.stat().st_mtime_ns if path.is_file() else 0
-    found = _read(path, stamp)
+    text = text_of(path, RecipeError)
+    found = _read(path, text)
     if variant not in found:
         known = [name for name in found if name]
         raise RecipeError(
@@ -180,25 +192,34 @@ def read(path: Path, variant: str = "") -> Recipe:
     return found[variant]
 
 
-@cache
-def _read(path: Path, stamp: int) -> dict[str, Recipe]:
-    """A file's recipe, under the empty name, and its variants. `stamp` outdates the cache."""
+@lru_cache(maxsize=64)
+def _read(path: Path, text: str) -> dict[str, Recipe]:
+    """A file's recipe, under the empty name, and its variants."""
     where = shown(path)
-    root, data = parsed(text_of(path, RecipeError), where, RecipeError)
+    root, data = parsed(text, where, RecipeError)
     if not isinstance(data, dict):
         raise RecipeError(f"{where}:1 must hold the fields of a recipe", hint="`criterion: l1`")
-    for line, key in doubled(root):
-        raise RecipeError(f"{where}:{line} `{key}` stands twice")
-    variants = data.pop("variants", None) or {}
-    if not isinstance(variants, dict) or not all(isinstance(v, dict) for v in variants.values()):
-        line = line_of(root, ["variants"])
-        raise RecipeError(f"{where}:{line} variants must map names to fields")
-    own = {"name": path.stem, **data, "variants": tuple(map(str, variants))}
+    data = dict(data)
+    variants = _variants(data.pop("variants", None), root, where)
+    own = {"name": path.stem, **data, "variants": tuple(variants)}
     found = {"": _valid(own, root, where, ())}
     for name, changed in variants.items():
         fields = {**own, **changed, "name": f"{own['name']}:{name}"}
-        found[str(name)] = _valid(fields, root, where, ("variants", name))
+        found[name] = _valid(fields, root, where, ("variants", name))
     return found
+
+
+def _variants(given: Any, root: Any, where: str) -> dict[str, dict[str, Any]]:
+    given = {} if given is None else given
+    named = isinstance(given, dict) and all(isinstance(v, dict) for v in given.values())
+    if not named or any(not str(name) or name is None for name in given):
+        line = line_of(root, ["variants"])
+        raise RecipeError(f"{where}:{line} variants must map names to fields")
+    for name, changed in given.items():
+        for key in {"name", "variants"} & changed.keys():
+            line = line_of(root, ["variants", name, key])
+            raise RecipeError(f"{where}:{line} `{key}` cannot be changed by a variant")
+    return {str(name): changed for name, changed in given.items()}
 
 
 def _valid(fields: Mapping[str, Any], root: Any, where: str, inside: tuple[Any, ...]) -> Recipe:
@@ -207,15 +228,23 @@ def _valid(fields: Mapping[str, Any], root: Any, where: str, inside: tuple[Any, 
     except ValidationError as error:
         first = error.errors()[0]
     path = [part for part in first["loc"] if not _is_type(part)]
-    named = ".".join(map(str, path))
-    line = max(line_of(root, path), line_of(root, (*inside, *path)))
+    line = max(line_of(root, path) if not inside else 0, line_of(root, (*inside, *path)))
     message, hint = first["msg"].removeprefix("Value error, "), ""
     fault = first.get("ctx", {}).get("error")
     if isinstance(fault, Fault):
         message, hint = fault.error.fault, fault.error.hint
     if first["type"] == "extra_forbidden":
         message, hint = "is not a field of a recipe", nearest(str(path[-1]), _fields(path[:-1]))
-    raise RecipeError(f"{where}:{line} `{named}`: {message}", hint=hint)
+    if first["type"] == "float_type" and _is_number(first["input"]):
+        hint = f"YAML reads `{first['input']}` as text: write 1.0e-4 for 1e-4"
+    raise RecipeError(f"{where}:{line} `{'.'.join(map(str, path))}`: {message}", hint=hint)
+
+
+def _is_number(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and float(text) == float(text)
+    except ValueError:
+        return False
 
 
 def _is_type(part: Any) -> bool:

@@ -36,6 +36,7 @@ class Report:
     inputs: str
     guessed: str
     recipe: str = ""
+    select_by: str = "rate"
     groups: list[Row] = field(default_factory=list)
     params: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)
@@ -57,6 +58,10 @@ class Report:
 
         return asdict(self)
 
+    @property
+    def _rule(self) -> str:
+        return "" if self.select_by == "rate" else f", {self.select_by}"
+
     def __repr__(self) -> str:
         return str(self)
 
@@ -65,7 +70,7 @@ class Report:
             f"{self.model} pruned by {self.criterion}"
             + (f" (recipe {self.recipe})" if self.recipe else "")
             + (f" at {self.rate:g}" if self.rate is not None else "")
-            + f" ({self.scope}), {self.frontend} trace on {self.inputs}"
+            + f" ({self.scope}{self._rule}), {self.frontend} trace on {self.inputs}"
             + (f", guessed from {self.guessed}" if self.guessed else ""),
             _change("channels", *self.channels),
             _change("parameters", *self.params),

@@ -47,10 +47,12 @@ class Options:
 
 @dataclass
 class Selection:
-    """``kept``: channel number -> whether it stays. ``reasons``: group -> why it gave less."""
+    """``kept``: channel number -> whether it stays. ``reasons``: group -> why it gave less.
+    ``warnings``: what is odd about the choice."""
 
     kept: np.ndarray
     reasons: dict[int, str]
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -75,7 +77,22 @@ def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -
         asked = {i: count / len(groups.groups[i]) for i, count in wanted.items()}
     for i, rate in asked.items():
         _explain_shortfall(groups, i, rate, kept, options, reasons)
-    return Selection(kept, reasons)
+    return Selection(kept, reasons, list(_ties(scores, wanted, options)))
+
+
+def _ties(scores: Mapping[int, np.ndarray], wanted: Mapping[int, int], options: Options):
+    """A threshold takes all scores that equal it."""
+    inside = [i for i in scores if i not in options.outside and i not in options.ignored]
+    every, gone = sum(len(scores[i]) for i in inside), sum(wanted[i] for i in inside)
+    if (
+        options.rule == "threshold"
+        and gone > every * (options.rate + 0.02) + 1
+        and not options.rates
+    ):
+        yield (
+            f"{gone:,} of {every:,} scores are not above the threshold, {options.rate:.0%} were "
+            "asked: many are equal, as gammas are before sparse training"
+        )
 
 
 def asked_rate(groups: Groups, i: int, options: Options) -> float:

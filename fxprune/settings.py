@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from .check import check_choice, check_count, check_share
 from .criteria import Criterion, CriterionLike, find
@@ -33,7 +33,7 @@ class Settings:
     min_channels: int = 1
     max_rate: float = 1.0
     round_to: int = 1
-    squeeze: Squeeze | Mapping[str, Any] | None = None
+    squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None
     mixing: Mixing = "norms"
     scatter: bool = False
     recipe: str = ""
@@ -55,7 +55,10 @@ def settings(recipe: RecipeLike | None, given: Mapping[str, Any]) -> Settings:
         own.setdefault("rates", {})
     found = replace(found, **own)
     _check(found)
-    return replace(found, criterion=found.found, squeeze=as_squeeze(found.squeeze))
+    bound: dict[str, Scope] = {"threshold": "global", "cumulative": "local"}
+    scope = bound.get(found.select_by, found.scope)
+    squeeze = as_squeeze(found.squeeze)
+    return replace(found, criterion=found.found, scope=scope, squeeze=squeeze)
 
 
 def _of_recipe(which: RecipeLike) -> Settings:

@@ -215,8 +215,9 @@ class SparsityPenalty:
 
         `how`: "grad" adds the gradient just before the step, whatever was done to gradients until
         then; "prox" shrinks just after it, by the learning rate of each scale's parameter group.
-        None takes "prox" where the optimizer divides by a second moment (it has an ``eps``), and
-        "grad" otherwise. A step that a GradScaler skips changes and counts nothing.
+        None takes "prox" where steps are not proportional to gradients (Adam and its kin, Lion,
+        Rprop: the optimizer has ``eps``, ``betas`` or ``etas``), and "grad" otherwise. A step that
+        a GradScaler skips changes and counts nothing.
 
         Raises `OptionError` if the optimizer lacks a scale that is trained, or is hooked already.
         """
@@ -224,7 +225,7 @@ class SparsityPenalty:
         check_choice("how", how, (None, "grad", "prox"))
         self._check_held(optimizer)
         self._check_free(optimizer)
-        return Attached(self, optimizer, how or ("prox" if "eps" in optimizer.defaults else "grad"))
+        return Attached(self, optimizer, how or ("prox" if _rescales(optimizer) else "grad"))
 
     def _check_held(self, optimizer: Optimizer) -> None:
         """Raise `OptionError` unless the optimizer trains all scales that are not frozen."""
@@ -378,8 +379,8 @@ def _shrink(gamma: nn.Parameter, mask: Tensor | None, by: float) -> None:
 
 
 def _unwrapped(model: Any) -> Any:
-    while isinstance(model, (DataParallel, DistributedDataParallel)):
-        model = model.module
+    while isinstance(model, (DataParallel, DistributedDataParallel)) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module  # torch.compile's, or a wrapper's
     return model
 
 
@@ -480,3 +481,8 @@ def _check_optimizer(optimizer: Any) -> None:
 def _check_steps(name: str, value: Any, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise OptionError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def _rescales(optimizer: Optimizer) -> bool:
+    """Whether steps are not proportional to gradients: by a second moment or by sign alone."""
+    return any(key in optimizer.defaults for key in ("eps", "betas", "etas"))

@@ -38,7 +38,7 @@ class Squeeze:
 
 def as_squeeze(given: Any) -> Squeeze | None:
     """`OptionError` for what is no description of squeeze widths."""
-    if given is None:
+    if given is None or given is False:
         return None
     if isinstance(given, Squeeze):
         given = asdict(given)
@@ -75,7 +75,7 @@ def follow(
     alone = replace(options, rule="rate", scope="local", rates={}, rate=0.0, round_to=1, max_rate=1)
     found = select(analysis.all_groups, scores, replace(alone, widths=widths, outside=frozenset()))
     reasons = {**selection.reasons, **found.reasons}
-    return Selection(selection.kept & found.kept, reasons), scores
+    return Selection(selection.kept & found.kept, reasons, selection.warnings), scores
 
 
 def _widths(

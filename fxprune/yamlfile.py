@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,26 +35,44 @@ def shown(path: Path) -> str:
 def text_of(path: Path, error: type[FxpruneError]) -> str:
     """A file's text; `error` where it cannot be read."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as fault:
         raise error(f"{path} cannot be read: {fault.strerror}", hint="a YAML file") from None
     except UnicodeDecodeError as fault:
         raise error(f"{path} is not UTF-8 text: {fault.reason}") from None
+    except ValueError as fault:
+        raise error(f"{str(path)!r} is no path: {fault}") from None
 
 
 def parsed(text: str, where: str, error: type[FxpruneError]) -> tuple[Any, Any]:
     """A file's YAML as nodes, which know their lines, and as data; None twice if it is empty."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
-        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
-        try:
-            root = loader.get_single_node()
-            return root, None if root is None else loader.construct_document(root)
-        finally:
-            loader.dispose()
-    except (yaml.YAMLError, ValueError, RecursionError) as fault:
+        root = loader.get_single_node()
+        twice = next(iter(doubled(root)), None)  # constructing lays merged keys beside own ones
+        data = None if root is None or twice else loader.construct_document(root)
+    except _BROKEN as fault:
         mark = getattr(fault, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise error(f"{where}{line} is not YAML: {getattr(fault, 'problem', fault)}") from None
+        problem = getattr(fault, "problem", None) or type(fault).__name__
+        raise error(f"{where}{line} is not YAML: {problem}") from None
+    finally:
+        loader.dispose()
+    if twice:
+        raise error(f"{where}:{twice[0]} `{twice[1]}` stands twice", hint="keep one of them")
+    return root, data
+
+
+# what PyYAML raises on documents and tags that are broken
+_BROKEN = (
+    yaml.YAMLError,
+    ValueError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    TypeError,
+    RecursionError,
+)
 
 
 def line_of(root: Any, path: Sequence[Any]) -> int:
@@ -73,12 +91,25 @@ def line_of(root: Any, path: Sequence[Any]) -> int:
     return line
 
 
-def doubled(root: Any) -> Iterable[tuple[int, str]]:
+def doubled(root: Any) -> Iterator[tuple[int, str]]:
     """Keys that stand twice in one mapping, with their lines; YAML itself keeps the last."""
-    if isinstance(root, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in root.value:
-            if key.value in seen:
-                yield key.start_mark.line + 1, str(key.value)
-            seen.add(key.value if isinstance(key.value, str) else "")
-            yield from doubled(value)
+    seen, rest = set[int](), [root]
+    while rest:
+        node = rest.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            rest += node.value
+        elif isinstance(node, yaml.MappingNode):
+            rest += [value for _, value in node.value]
+            yield from _repeated(node)
+
+
+def _repeated(node: yaml.MappingNode) -> Iterator[tuple[int, str]]:
+    known: set[str] = set()
+    for key, _ in node.value:
+        name = str(key.value)
+        if name in known:
+            yield key.start_mark.line + 1, name
+        known.add(name)

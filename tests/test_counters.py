@@ -47,7 +47,7 @@ def test_counts_by_hand(batch):
     found = fxprune.count(Small(), image(8, batch))
     parameters = 4 * 27 + 4 + 4 + 4 + 36 + 20 + 5
     assert (found.parameters, found.macs, found.slimming) == (parameters, MACS, SLIMMING)
-    assert str(found) == f"{parameters} parameters, {MACS:,} MACs, {SLIMMING:,} FLOPs"
+    assert str(found) == f"{parameters} parameters, {MACS:,} MACs, {SLIMMING:,} slimming FLOPs"
 
 
 @pytest.mark.parametrize("relu", [nn.ReLU(), nn.ReLU(inplace=True), F.relu, torch.relu_])
@@ -151,3 +151,26 @@ def test_a_plan_for_another_model_is_refused():
     plan = fxprune.plan(fxprune.analyze(models.resnet20(), image(32)), rate=0.3)
     with pytest.raises(fxprune.errors.PlanError, match="for another model"):
         fxprune.count(models.resnet32(), image(32), plan=plan)
+
+
+def test_a_plan_knows_its_inputs_and_its_scatter():
+    pruned = fxprune.prune(models.resnet20(), image(16), recipe="fpgm", verify="shapes")
+    plan = pruned.fxprune.plan
+    assert fxprune.count(models.resnet20(), plan=plan) == fxprune.count(pruned, image(16))
+    with pytest.raises(fxprune.errors.OptionError, match="scatter=True"):
+        fxprune.count(fxprune.analyze(models.resnet20(), image(16)), plan=plan)
+    with pytest.raises(fxprune.errors.PlanError, match="a dict, not a Plan"):
+        fxprune.count(models.resnet20(), plan={})  # type: ignore[arg-type]
+
+
+def test_the_report_shows_what_an_edited_plan_keeps():
+    model, x = models.resnet20(), image(16)
+    plan = fxprune.plan(fxprune.analyze(model, x), only=["layer1.0.conv1"], rate=0.25)
+    made = fxprune.Plan.from_json(plan.to_json())
+    for name in ("layer1.0.conv1.weight", "layer1.0.conv2.weight"):
+        for dim in made.kept[name]:
+            made.kept[name][dim] = made.kept[name][dim][:5]
+    for name in [n for n in made.kept if n.startswith("layer1.0.bn1")]:
+        made.kept[name][0] = made.kept[name][0][:5]
+    report = fxprune.apply(model, made, x).fxprune.report
+    assert {row.name: row.kept for row in report.groups}["layer1.0.conv1"] == 5

@@ -217,6 +217,66 @@ variants:
     assert recipes.find(path).fine_tune.optimizer == "adamw"
 
 
+def test_merged_fields_may_be_changed(tmp_path):
+    text = """
+train: &slow {epochs: 10, lr: 0.1}
+fine_tune: {<<: *slow, lr: 0.01}
+only: role:inner
+"""
+    found = recipes.find(write(tmp_path, text))
+    assert (found.train.lr, found.fine_tune.lr, found.fine_tune.epochs) == (0.1, 0.01, 10)
+    assert found.only == ["role:inner"]
+
+
+def test_files_of_one_name_are_two_recipes(tmp_path, monkeypatch):
+    import os
+
+    for name, rate in (("a", 0.1), ("b", 0.9)):
+        (tmp_path / name).mkdir()
+        path = write(tmp_path / name, f"rate: {rate}")
+        os.utime(path, (1, 1))
+        monkeypatch.chdir(tmp_path / name)
+        assert recipes.find("mine.yaml").rate == rate
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "a\0b.yaml", "", ":", "x" * 300 + ".yaml"])
+def test_what_can_be_no_file(name):
+    with pytest.raises(RecipeError):
+        recipes.find(name)
+
+
+def test_a_recipe_that_does_not_fit_says_which_and_what_there_is():
+    with pytest.raises(OptionError) as caught:
+        fxprune.prune(models.resnet20(), image(), recipe="mobilenetv3_sparsity_gamma")
+    message = str(caught.value)
+    assert "`role:expansion` matches nothing" in message
+    assert "stream (3), inner (9)" in message and "mobilenetv3_sparsity_gamma" in message
+
+
+def test_a_recipe_without_a_name_needs_its_analysis_too():
+    analysis = fxprune.analyze(models.resnet20(), image())
+    with pytest.raises(OptionError, match="scatter=True"):
+        fxprune.plan(analysis, recipe=recipes.Recipe(scatter=True))
+
+
+def test_squeeze_can_be_switched_off():
+    model = models.mobilenet_v3_large()
+    name = "mobilenetv3_sparsity_gamma"
+    options: Any = {"recipe": name, "verify": "shapes", "criterion": "random"}
+    kept = fxprune.prune(model, image(64), squeeze=False, **options)
+    rebuilt = fxprune.prune(model, image(64), **options)
+    assert kept.get_submodule("features.15.block.2.fc1").out_channels == 240
+    assert rebuilt.get_submodule("features.15.block.2.fc1").out_channels < 240
+
+
+def test_a_threshold_among_equal_scores_is_a_warning():
+    report = fxprune.prune(models.resnet20(), image(), recipe="network_slimming").fxprune.report
+    assert "scores are not above the threshold" in str(report)
+    assert "(global, threshold)" in str(report)
+    lively_one = fxprune.prune(lively(models.resnet20()), image(), recipe="network_slimming")
+    assert not lively_one.fxprune.report.warnings
+
+
 def test_a_file_that_was_changed_is_read_again(tmp_path):
     path = write(tmp_path, "rate: 0.25")
     assert recipes.find(path).rate == 0.25
@@ -243,8 +303,20 @@ BROKEN = [
     ("- l1\n- l2", ":1 must hold the fields", ""),
     ("", ":1 must hold the fields", ""),
     ("criterion: [l1", "is not YAML", ""),
-    ("only: role:inner", ":1 `only`", ""),
-    ("a: &a [*a]", "", ""),
+    ("only: 3", ":1 `only`", ""),
+    ("about: &a [*a]", ":1", ""),
+    ("about: &a {b: *a}", ":1", ""),
+    ("rate: !!bool maybe", "is not YAML", ""),
+    ("rate: !!int ''", "is not YAML", ""),
+    ("about: !!timestamp foo", "is not YAML", ""),
+    ("sparse: {s: 1e-4}", "`sparse.s`", "write 1.0e-4 for 1e-4"),
+    ("sparse: {s: .inf}", "`sparse.s`", ""),
+    ("fine_tune: {epochs: 2, lr: 0.1, milestones: [0.5, 3]}", "`fine_tune.milestones.1`", ""),
+    ("variants: []", ":1 variants must map", ""),
+    ("variants: {'': {rate: 0.1}}", ":1 variants must map", ""),
+    ("variants:\n  A: {rate: 0.1,\n      name: B}", ":3 `name` cannot be changed", ""),
+    ("variants:\n  A:\n    rate: 7\nrate: 0.5", ":3 `rate`", ""),
+    ("variants:\n  A:\n    sparse:\n      s: -1\nsparse:\n  s: 0.1", ":4 `sparse.s`", ""),
 ]
 
 

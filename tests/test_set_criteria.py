@@ -504,3 +504,8 @@ def test_a_set_criterion_prunes_a_whole_network(own):
     pruned = fxprune.prune(models.mobile_blnet().eval(), image(3, 16), criterion="mine", rate=0.5)
     assert pruned.fxprune.report.verification.difference is not None
     assert pruned.get_submodule("bl1.big.0.expand.conv").out_channels == 36
+
+
+def test_a_shipped_name_is_not_taken_over():
+    with pytest.raises(OptionError, match="`l1` ships with fxprune"):
+        fxprune.criterion("l1")(lambda group: group.filters[0].sum(1))

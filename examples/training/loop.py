@@ -87,16 +87,28 @@ class Place:
 
 
 def place(device: str, *, amp: bool, channels_last: bool) -> Place:
-    """This process's place: "auto", "cpu", "cuda", "cuda:1"; torchrun's where it runs under it."""
+    """This process's place: "auto", "cpu", "cuda", "cuda:1"; torchrun's where it runs under it.
+    `SystemExit` for a device that is not there."""
     name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     if world == 1:
-        return Place(torch.device(name), amp=amp, channels_last=channels_last)
+        return Place(_found(name), amp=amp, channels_last=channels_last)
     if name.startswith("cuda"):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    distributed.init_process_group("nccl" if name.startswith("cuda") else "gloo")
-    return Place(torch.device(name), rank, world, amp, channels_last)
+    found = _found(name)
+    if found.type == "cuda":
+        torch.cuda.set_device(found)
+    distributed.init_process_group("nccl" if found.type == "cuda" else "gloo")
+    return Place(found, rank, world, amp, channels_last)
+
+
+def _found(name: str) -> torch.device:
+    try:
+        torch.zeros(1, device=name).item()  # no name is refused, nor a driver missed, before this
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        reason = str(error).partition("\n")[0]
+        raise SystemExit(f"--device {name} cannot be used: {reason}") from None
+    return torch.device(name)
 
 
 def factor(how: Training, done: float) -> float:

@@ -66,6 +66,10 @@ def criterion(name: str, *, kind: Kind = "score") -> Callable[[Function], Functi
         raise OptionError(f"kind={kind!r} is not known", hint='"score" or "set"')
 
     def register(function: Function) -> Function:
+        shipped = _known.get(name)
+        own = function.__module__.startswith(f"{__name__}.")
+        if shipped is not None and shipped.function.__module__.startswith(__name__) and not own:
+            raise OptionError(f"criterion `{name}` ships with fxprune", hint="choose another name")
         _known[name] = Criterion(name, function, kind)
         return function
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import criterion
+from .shares import summed_distances
 from .slices import Slices
 
 
@@ -38,7 +39,7 @@ def distribution_fit(
     bins = _bins(norms, keep)
     if redundancy is None:
         return torch.stack([each[len(each) // 2] for each in bins])
-    apart = torch.cdist(filters, filters, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    apart = summed_distances(filters, filters)
     return torch.stack([each[apart[each].argmax()] for each in bins])
 
 

@@ -53,7 +53,19 @@ def geometric_median(group: Slices) -> Scores:
 def _distances(own: Tensor, whole: Tensor) -> Tensor:
     if own.shape[1] != whole.shape[1]:  # several filters a channel: compare whole channels
         whole = own
-    return torch.cdist(own, whole, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    return summed_distances(own, whole)
+
+
+def summed_distances(own: Tensor, others: Tensor) -> Tensor:
+    """For each row of `own` the sum of its Euclidean distances to the rows of `others`.
+
+    Wide layers are compared by matrix products, which are many times faster and, in float64, exact
+    enough: equal rows are then up to 1e-8 of their length apart.
+    """
+    if len(own) * others.numel() < 2**32:
+        return torch.cdist(own, others, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+    own, others = own.double(), others.double()
+    return torch.cdist(own, others, compute_mode="use_mm_for_euclid_dist").sum(1)
 
 
 @criterion("lamp")
