@@ -497,7 +497,7 @@ def _number(kind: Callable[[str], Any], fits: Callable[[Any], bool], what: str) 
 
 
 COUNT = _number(int, lambda n: n >= 1, "a whole number of at least 1")
-COUNT_OR_NONE = _number(int, lambda n: n >= 0, "a whole number of at least 0")
+COUNT_OR_ZERO = _number(int, lambda n: n >= 0, "a whole number of at least 0")
 POSITIVE = _number(float, lambda n: 0 < n < math.inf, "a finite number above 0")
 STRENGTH = _number(float, lambda n: 0 <= n < math.inf, "a finite number of at least 0")
 SHARE = _number(float, lambda n: 0 < n < 1, "a number between 0 and 1")
@@ -518,7 +518,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--data-dir", type=Path, help="where a data set that is named lies")
     add("--download", action="store_true", help="fetch the data set into --data-dir")
     add("--size", type=COUNT, help="height and width that images are brought to, in pixels")
-    add("--workers", type=COUNT_OR_NONE, default=4, help="processes that read images (food101)")
+    add("--workers", type=COUNT_OR_ZERO, default=4, help="processes that read images (food101)")
 
     add("--depth", type=int, default=20, choices=(20, 32, 44, 56, 110), help="distfit's ResNet")
     add("--recipes", nargs="+", help="names, name:variant or files of one's own")

@@ -27,11 +27,14 @@ from .widths import Widths, gather
 Jitter = Callable[[str], "Tensor | None"]
 
 
-def jitters(flow: Flow, kept: Mapping[str, dict[int, Kept]]) -> tuple[Jitter, Jitter]:
-    """Noise for parameters that are constant, in the original's and in the pruned shape.
+def jitters(
+    flow: Flow, kept: Mapping[str, dict[int, Kept]], *, louder: bool = False
+) -> tuple[Jitter, Jitter]:
+    """What is added to parameters, in the original's and in the pruned shape.
 
     Behind a layer that starts as all zeros nothing could be told apart; both networks get the same
-    noise there, so that the comparison depends on every layer.
+    noise there, so that the comparison depends on every layer. With `louder` every weight is
+    scaled as a whole, to a gain of 2: behind many layers that quieten it, no input is heard.
     """
     aliases: dict[str, str] = flow.graph.meta.get("fxprune_aliases", {})
     tensors = tensors_of(flow.graph)
@@ -40,8 +43,10 @@ def jitters(flow: Flow, kept: Mapping[str, dict[int, Kept]]) -> tuple[Jitter, Ji
     def full(name: str) -> Tensor | None:
         name = aliases.get(name, name)
         value = tensors.get(name)
-        if value is None or not value.is_floating_point() or not _constant(value):
+        if value is None or not value.is_floating_point():
             return None
+        if not _constant(value):
+            return _amplified(value) if louder and value.ndim > 1 else None
         if not bool(value.flatten()[0].isfinite()):
             return None
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
@@ -53,6 +58,13 @@ def jitters(flow: Flow, kept: Mapping[str, dict[int, Kept]]) -> tuple[Jitter, Ji
         return None if noise is None else gather(noise, kept.get(aliases.get(name, name), {}))
 
     return full, narrow
+
+
+def _amplified(value: Tensor) -> Tensor | None:
+    """What makes a weight's gain 2: the root of its summed squares for each thing it makes."""
+    exact = value.detach().double()
+    gain = float(exact.square().sum(tuple(range(1, exact.ndim))).mean().sqrt())
+    return exact * (2 / gain - 1) if 0 < gain < float("inf") else None
 
 
 def _constant(value: Tensor) -> bool:

@@ -889,7 +889,7 @@ def check_scattered(network: Network, choice: Choice) -> float | None:
     """The share of channels removed; None where nothing may go."""
     model, inputs = network.build(), network.inputs()
     try:
-        pruned = fxprune.prune(model, inputs, scatter=True, **choice.options())
+        pruned = fxprune.prune(model, inputs, **{**choice.options(), "scatter": True})
     except NothingToPrune:
         return None
     assert pruned.fxprune.report.verification.difference <= LIMIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import importlib
 import importlib.util
@@ -247,6 +248,142 @@ def test_training_is_the_recipes_but_for_what_is_given(example, images):
 def test_a_recipe_that_is_not_there_is_found_before_the_training(example, images):
     with pytest.raises(fxprune.errors.RecipeError, match="no recipe `fgpm`"):
         _settings(example, images, "distfit", "--recipes", "l1_filters", "fgpm")
+
+
+MINE = "criterion: l2\nonly: ['role:inner']\nvariants:\n  other: {round_to: 2}\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "refused"),
+    [
+        ("l2", "random", True),
+        ("role:inner", "*", True),
+        ("round_to: 2", "round_to: 4", False),  # of a variant that has no row
+        ("criterion", "about: mine\ncriterion", False),
+    ],
+)
+def test_rows_of_an_edited_recipe_are_refused(example, images, tmp_path, before, after, refused):
+    recipe, output = tmp_path / "mine.yaml", tmp_path / "out"
+    recipe.write_text(MINE)
+    command = ["distfit", "--data", images, "--recipes", recipe, "--rates", 0.5, "--steps", 1]
+    first = _run(example, *command, "--output", output)
+    recipe.write_text(MINE.replace(before, after))
+    os.utime(recipe, (1, 1))  # two edits within a tick of the clock
+    if refused:
+        with pytest.raises(SystemExit, match=r"another version of recipe .*mine.yaml; choose"):
+            _run(example, *command, "--output", output)
+    else:
+        assert _run(example, *command, "--output", output) == first
+
+
+def test_a_row_that_was_stopped_is_not_finished_by_an_edited_recipe(
+    example, images, tmp_path, monkeypatch
+):
+    """Its checkpoint is of other channels."""
+    recipe, output = tmp_path / "mine.yaml", tmp_path / "out"
+    recipe.write_text(MINE)
+    options = ["--recipes", recipe, "--rates", 0.5, "--epochs", 1, "--fine-tune-epochs", 2]
+    command = ["distfit", "--data", images, *options, "--output", output]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        _count_epochs(example, patch, 1 + 2 + 1)
+        _run(example, *command)
+    assert list(output.rglob("*rate-0.5.checkpoint"))
+    recipe.write_text(MINE.replace("l2", "random"))
+    os.utime(recipe, (1, 1))
+    with pytest.raises(SystemExit, match="another version of recipe"):
+        _run(example, *command)
+
+
+# -- what is wrong is said at once -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *[(f"--{name}", value) for name in ("epochs", "steps") for value in ("0", "-2")],
+        *[("--fine-tune-epochs", "0"), ("--batch", "0"), ("--seeds", "0"), ("--size", "-8")],
+        *[("--threads", "-1"), ("--latency-rounds", "0"), ("--latency-batch", "0")],
+        *[("--workers", "-1"), ("--seeds", "1.5"), ("--seeds", "two")],
+        *[("--lr", value) for value in ("-1", "0", "nan", "inf", "fast")],
+        *[("--fine-tune-lr", "0"), ("--sparsity", "-1"), ("--sparsity", "inf")],
+        *[("--rates", "0"), ("--rates", "1"), ("--macs", "1.5"), ("--macs", "nan")],
+    ],
+)
+def test_numbers_out_of_range_are_refused(example, capsys, option, value):
+    with pytest.raises(SystemExit) as error:
+        example.main(["distfit", option, value])
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and f"argument {option}: {value} is not a" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--recipes", "fgpm"], "no recipe `fgpm`"),
+        (["--recipes", "distribution_fit_resnet:D"], "no variant `D`"),
+        (["--training", "fgpm"], "no recipe `fgpm`"),
+        (["--device", "foo"], "--device foo cannot be used"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used"),
+        (["--output", "FILE"], "FILE"),
+        (["--output", "FILE/sub"], "FILE"),
+        (["--output", "BROKEN"], "settings.json is broken"),
+        (["--output", "LIST"], "settings.json is broken"),
+        (["--recipes", "mobilenetv3_sparsity_gamma"], "`role:expansion` matches nothing"),
+        (["--recipes", "l1_filters", "fpgm", "--macs", "0.5", "0.001"], "0.001 of its MACs"),
+    ],
+)
+def test_what_cannot_work_is_said_before_any_training(
+    example, images, tmp_path, monkeypatch, options, says
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(example, "Trainer", None)
+    Path("FILE").touch()
+    for name, text in (("BROKEN", "{"), ("LIST", "[]")):
+        Path(name).mkdir()
+        Path(name, "settings.json").write_text(text)
+    with pytest.raises(SystemExit) as error:
+        example.main(["distfit", "--data", str(images), *options])
+    assert says in str(error.value.code)
+
+
+def test_errors_of_the_program_itself_are_not_hidden(example, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(example, "Trainer", None)
+    with pytest.raises(TypeError):
+        _run(example, "distfit", "--data", images, "--output", tmp_path)
+
+
+def test_a_folder_that_may_not_be_written_is_said(example, images, tmp_path, monkeypatch):
+    def fails(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr(example, "write_text", fails)
+    with pytest.raises(SystemExit, match="Permission denied"):
+        _run(example, "distfit", "--data", images, "--output", tmp_path)
+
+
+SHIPPED = [(system, "l1_filters") for system in SYSTEMS] + [
+    ("mobilenetv3", "mobilenetv3_sparsity_gamma"),
+    ("blnet", "mobile_blnet_ratio_sum"),
+    ("blnet", "mobile_blnet_ratio_sum:share"),
+    ("blnet", "network_slimming"),
+    ("distfit", "distribution_fit_resnet:B"),
+]
+
+
+@pytest.mark.parametrize(("system", "recipe"), SHIPPED)
+def test_an_untrained_network_does_not_rule_out_what_a_trained_one_reaches(example, system, recipe):
+    """Its scales are all alike, those here are not; a little more than the least of this network
+    is let through with that one."""
+    torch.manual_seed(0)
+    model = example.SYSTEMS[system].build(example.arguments([system, "--size", "32"]), 10)
+    x, trained = torch.zeros(2, 3, 32, 32), copy.deepcopy(model)
+    for norm in _norms(trained):
+        torch.nn.init.uniform_(norm.weight)
+    analysis = example.analysis_for(trained, x, recipe)
+    least = example.share_left(analysis, recipe, 1 - 2**-10)
+    example.check_fits(model, x, recipe, (0.5,), (1.02 * least,))
+    assert least < 0.5
 
 
 def test_an_interrupted_write_leaves_the_old_file(example, tmp_path):
