@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import einsum, letters, movement
+from . import scatter as scattering
 from .errors import RuleError
 from .ids import Ids, Layer, RowTie, Value, compress
 from .letters import DimsUse
 from .pattern import bind
 from .rules import Rules, Use
 from .shuffle import Gather, find_gather, in_order
-from .trace import mutates
 from .trees import has_tensors, leaves, mapped
 
 Mixing = Literal["norms", "all", "none"]
@@ -62,7 +62,7 @@ def flow(
     for node in graph.graph.nodes:
         run.result.values[node] = run.value(node)
     for node in run.result.scatters:
-        run.freeze_if_shown(node)
+        scattering.freeze_if_shown(run.result, node)
     return run.result
 
 
@@ -353,69 +353,10 @@ class _Run:
         shape = tuple(leaves(node.meta["val"], Tensor)[0].shape)
         values = self.tensors(node)
         if self.scatter and use.rule.joins:
-            values = self.untied(node, values)
+            values = scattering.untied(self.result, node, values)
         layers, weight = self.meet(node, values, shape, use)
         value = self.made(shape, layers, weight)
         return _first_zero(mapped(lambda _: value, node.meta["val"]))
-
-    def untied(self, node: fx.Node, values: list[Value]) -> list[Value]:
-        """The operands of an addition without their channels: each is laid out at full width."""
-        varying = {d - len(v.shape) for v in values for la in v.layers for d in la.varying}
-        data = [v for v in values if not v.weight and _reaches(v.shape, varying)]
-        if len(data) < 2 or all(_same_ids(value, data[0]) for value in data):
-            return values
-        operands = [n for n in node.all_input_nodes if self.result.values.get(n) in data]
-        for operand in operands:
-            for layer in self.result.values[operand].layers:
-                if not layer.zero or len(layer.varying) > 1 or self.overwrites(node, operand):
-                    fault = f"cannot be scattered back before %{node.name}"
-                    self.ids.freeze(node, layer.ids, fault)
-        self.result.scatters[node] = operands
-        return [replace(value, layers=()) if value in data else value for value in values]
-
-    def overwrites(self, node: fx.Node, operand: fx.Node) -> bool:
-        """Whether an addition in place writes to what others look at, who would miss its wide copy:
-        followed back through what may be views, to the layer that made it."""
-        if not mutates(node) or node.args[0] is not operand:
-            return False
-        while len(operand.users) == 1:
-            if self.is_new(operand):
-                return False
-            if not operand.all_input_nodes:
-                return True
-            operand = operand.all_input_nodes[0]
-        return True
-
-    def is_new(self, node: fx.Node) -> bool:
-        """Whether what a node gives is no view of what it was given."""
-        use = self.result.rules.get(node)
-        if use is None:
-            return False
-        joint = use.rule.kind == "pointwise" and len(node.all_input_nodes) > 1
-        layer = use.rule.kind in ("dims", "einsum", "matmul")
-        return layer or use.rule.copies or (joint and not mutates(node))
-
-    def freeze_if_shown(self, node: fx.Node) -> None:
-        """What is added up to the network's output stays: no layer behind it could do without."""
-        seen, rest = {node}, [node]
-        while rest:
-            at = rest.pop()
-            if at.op == "output":
-                layers = [
-                    la for n in self.result.scatters[node] for la in self.result.values[n].layers
-                ]
-                for layer in layers:
-                    self.ids.freeze(at, layer.ids, "reaches the network's output")
-                return
-            if at is node or not self.reads_weights(at):
-                rest += [user for user in at.users if user not in seen]
-                seen |= {*at.users}
-
-    def reads_weights(self, node: fx.Node) -> bool:
-        """Whether a node is a layer whose weights read channels or make them."""
-        use = self.result.uses.get(node)
-        slots = (s for p in use.params.values() for s in self.ids.slots.get(p, ())) if use else ()
-        return any(slot.role in ("in", "out") for slot in slots)
 
     def tensors(self, node: fx.Node) -> list[Value]:
         found = [self.result.values.get(arg) for arg in leaves((node.args, node.kwargs), fx.Node)]
@@ -870,13 +811,3 @@ def _unsqueezed(value: Value, dim: int) -> Value:
     shape = (*value.shape[:dim], 1, *value.shape[dim:])
     layers = tuple(Layer(la.ids.unsqueeze(dim), la.zero, la.origin) for la in value.layers)
     return Value(shape, layers, weight=value.weight)
-
-
-def _same_ids(a: Value, b: Value) -> bool:
-    pairs = zip(a.layers, b.layers, strict=False)
-    return len(a.layers) == len(b.layers) and all(torch.equal(x.ids, y.ids) for x, y in pairs)
-
-
-def _reaches(shape: tuple[int, ...], dims: set[int]) -> bool:
-    """Whether a shape has more than one element along any of these dims, counted from the last."""
-    return any(shape[d] > 1 for d in dims if -d <= len(shape))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fxprune
+from fxprune import recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -97,7 +98,12 @@ def test_installed_wheel_prunes_with_its_own_rules(clean_python, tmp_path):
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
         pruned = fxprune.prune(model, torch.rand(1, 3, 8, 8), rate=0.5)
         print(pruned.get_submodule("0").out_channels, pruned(torch.rand(5, 3, 8, 8)).shape)
+        x = torch.rand(1, 3, 32, 32)
+        pruned = fxprune.prune(fxprune.models.resnet20(), x, recipe="distribution_fit_resnet:A")
+        print(len(fxprune.recipes.names()), pruned.fxprune.plan.recipe)
     """
     # -I: neither this folder nor PYTHONPATH can lend the checkout's package
     found = _run(clean_python, "-I", "-c", textwrap.dedent(script), cwd=tmp_path)
-    assert found.strip() == "4 torch.Size([5, 4, 4, 4])"
+    first, second = found.strip().splitlines()
+    assert first == "4 torch.Size([5, 4, 4, 4])"
+    assert second == f"{len(recipes.names())} distribution_fit_resnet:A"
