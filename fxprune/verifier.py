@@ -249,7 +249,8 @@ def _disturbed(arg: Any) -> Any:
     if not isinstance(arg, Tensor) or not arg.is_floating_point():
         return arg
     noise = torch.randn(arg.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return (noise * float(arg.abs().max())).to(arg)
+    size = float(arg.abs().max()) if arg.numel() else 1.0
+    return (noise * (size or 1.0)).to(arg)
 
 
 def _first_line(error: Exception) -> str:

@@ -70,6 +70,11 @@ def test_a_network_that_ignores_its_input_is_said_to():
     assert "hardly depend on the input" in str(found)
 
 
+def test_an_example_of_zeros_is_an_example():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
+    assert not fxprune.prune(model, X * 0, rate=0.5).fxprune.report.verification.note
+
+
 def test_a_network_that_hears_is_compared_as_it_is():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 3))
     assert not fxprune.prune(model, X, rate=0.5).fxprune.report.verification.note
