@@ -228,7 +228,7 @@ def _valid(fields: Mapping[str, Any], root: Any, where: str, inside: tuple[Any, 
     except ValidationError as error:
         first = error.errors()[0]
     path = [part for part in first["loc"] if not _is_type(part)]
-    line = max(line_of(root, path) if not inside else 0, line_of(root, (*inside, *path)))
+    line = line_of(root, (*inside, *path))
     message, hint = first["msg"].removeprefix("Value error, "), ""
     fault = first.get("ctx", {}).get("error")
     if isinstance(fault, Fault):

@@ -15,7 +15,7 @@ import fxprune
 from fxprune import models
 from fxprune.errors import OptionError
 from fxprune.models.big_little import InvertedResidual
-from fxprune.models.mobilenet_v3 import Bottleneck, squeeze_width
+from fxprune.models.mobilenet_v3 import SQUEEZE, Bottleneck
 from fxprune.models.resnet_cifar import Block, PadShortcut
 
 torch.set_num_threads(1)
@@ -195,7 +195,7 @@ def test_dropout_is_used():
     [(8, 8), (16, 8), (64, 16), (72, 24), (120, 32), (480, 120), (672, 168), (960, 240)],
 )
 def test_squeeze_widths(hidden: int, width: int):
-    assert squeeze_width(hidden) == width
+    assert SQUEEZE.width(hidden) == width
 
 
 # Hidden widths of the 15 blocks at a pruning rate of 50 % (Liu & Lei 2023, table 5).

@@ -41,7 +41,10 @@ from torch import Tensor, nn
 
 from ..check import check_count
 from ..errors import OptionError
+from ..squeeze import Squeeze
 from .initial import initialise
+
+SQUEEZE = Squeeze(divide=4, round_to=8)  # a quarter of the gated width, to a multiple of 8
 
 
 class Row(NamedTuple):
@@ -150,21 +153,14 @@ class SqueezeExcitation(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
         self.avgpool = nn.AdaptiveAvgPool2d(1)
-        self.fc1 = nn.Conv2d(channels, squeeze_width(channels), 1)
+        self.fc1 = nn.Conv2d(channels, SQUEEZE.width(channels), 1)
         self.activation = nn.ReLU()
-        self.fc2 = nn.Conv2d(squeeze_width(channels), channels, 1)
+        self.fc2 = nn.Conv2d(SQUEEZE.width(channels), channels, 1)
         self.scale_activation = nn.Hardsigmoid()
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.fc2(self.activation(self.fc1(self.avgpool(x))))
         return x * self.scale_activation(gate)
-
-
-def squeeze_width(hidden: int) -> int:
-    """A quarter of `hidden`, to the nearest multiple of 8, but not more than a tenth below it."""
-    quarter = hidden / 4
-    width = max(8, int(quarter + 4) // 8 * 8)
-    return width if width >= 0.9 * quarter else width + 8
 
 
 def _layer(
