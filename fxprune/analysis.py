@@ -15,9 +15,10 @@ from .check import check_choice, check_model, tensors_of
 from .errors import RuleError
 from .explain import Explanation, explain
 from .flow import Flow, Mixing, flow
+from .frontends import WAYS, Frontend, traced
 from .groups import Group, Groups, groups
 from .ids import Freeze
-from .inputs import Inputs, traced
+from .inputs import Inputs
 from .trace import describe
 from .watch import Watch, silent
 
@@ -48,7 +49,7 @@ class Analysis:
     tensors: Mapping[str, Tensor]
     mixing: Mixing = "norms"
     scatter: bool = False
-    frontend: str = "symbolic"
+    frontend: Frontend = "symbolic"
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -120,6 +121,7 @@ def analyze(
     *,
     mixing: Mixing = "norms",
     scatter: bool = False,
+    frontend: Frontend | None = None,
     strict: bool = False,
     watch: Watch = silent,
 ) -> Analysis:
@@ -130,13 +132,17 @@ def analyze(
     channels although their statistics then differ from the masked network's: "norms"
     (normalisation layers), "all" (softmax, mean, max over channels too) or "none". With `scatter`,
     streams that are added up keep their width, and each branch may lose channels of its own: what
-    is left of it is scattered back before the addition. `strict` raises `RuleError` on an op that
-    no rule knows, instead of freezing what reaches it.
+    is left of it is scattered back before the addition. `frontend` forces one way to the graph
+    (see `fxprune.frontends`); without it the first that works is taken. `strict` raises `RuleError`
+    on an op that no rule knows, instead of freezing what reaches it.
     """
     check_model(model)
     check_choice("mixing", mixing, ("norms", "all", "none"))
     rules = rule_files.current()
-    graph, inputs = traced(model, example_inputs, rules)
+    if frontend is not None:
+        check_choice("frontend", frontend, tuple(WAYS))
+    way = traced(model, example_inputs, rules, frontend)
+    graph = way.graph
     watch("trace", model, graph)
     found = flow(graph, rules, mixing=mixing, scatter=scatter)
     if strict and found.unknown:
@@ -144,7 +150,8 @@ def analyze(
     watch("flow", graph, found)
     grouped = groups(found)
     watch("groups", found, grouped)
-    analysis = Analysis(model, found, inputs, grouped, tensors_of(model), mixing, scatter)
+    tensors = tensors_of(model)
+    analysis = Analysis(model, found, way.inputs, grouped, tensors, mixing, scatter, way.frontend)
     analysis.warnings = list(_warnings(found, grouped))
     return analysis
 

@@ -17,6 +17,7 @@ from .counters import Counts
 from .criteria import CriterionLike
 from .errors import ModelError, NothingToPrune, OptionError, PlanError
 from .flow import Mixing
+from .frontends import Frontend
 from .ignore import Ignore
 from .inputs import of_spec
 from .planning import make_plan
@@ -58,6 +59,7 @@ def prune(
     mixing: Mixing | None = None,
     scatter: bool | None = None,
     verify: Verify = True,
+    frontend: Frontend | None = None,
     dump: str | os.PathLike[str] | None = None,
     strict: bool = False,
     watch: Watch = silent,
@@ -92,6 +94,8 @@ def prune(
     scatter:        residual streams keep their width; each branch that is added to one loses
                     channels of its own and is scattered back. Default False: they are coupled.
     verify:         True compares shapes and numbers, "shapes" shapes only, False nothing.
+    frontend:       force one way from the model to a graph, "symbolic", "export" or "record" (see
+                    `fxprune.frontends`); by default the first that works, which the report names.
     dump:           a folder for a text file and a drawing after every step (or ``FXPRUNE_DUMP``).
     strict:         raise on an op no rule knows, instead of freezing what reaches it.
 
@@ -102,6 +106,7 @@ def prune(
     check_choice("verify", verify, (True, False, "shapes"))
     watch = _watches(watch, dump)
     how: Any = {"mixing": chosen.mixing, "scatter": chosen.scatter, "strict": strict}
+    how["frontend"] = frontend
     analysis = analyze(model, example_inputs, watch=watch, **how)
     check_finite(_weights(analysis))
     while True:
@@ -250,7 +255,7 @@ def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis
     if example_inputs is None and plan.inputs is not None:
         inputs = of_spec(plan.inputs)
         example_inputs = inputs.kwargs or inputs.args
-    how: Any = {"mixing": plan.mixing, "scatter": plan.scatter}
+    how: Any = {"mixing": plan.mixing, "scatter": plan.scatter, "frontend": plan.frontend}
     return analyze(model, example_inputs, **how)
 
 

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .errors import FxpruneError, InputError, PlanError
-from .rules import Rules
-from .trace import trace
+from .errors import InputError, PlanError
 
 
 @dataclass(frozen=True)
@@ -107,25 +105,6 @@ def of_spec(spec: Any) -> Inputs:
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
         fault = f"the plan's inputs {spec} cannot be read: {error}"
         raise PlanError(fault, hint="give example_inputs, and they are not needed") from None
-
-
-def traced(model: nn.Module, example_inputs: Any, rules: Rules):
-    """The traced graph and its inputs; the usual ones are tried where none are given."""
-    if example_inputs is not None:
-        inputs = given(example_inputs)
-        return trace(model, inputs.args, inputs.kwargs, rules=rules), inputs
-    failures: list[tuple[str, FxpruneError]] = []
-    for inputs in candidates(model):
-        try:
-            return trace(model, inputs.args, inputs.kwargs, rules=rules), inputs
-        except InputError as error:
-            failures.append((inputs.describe(), error))
-    details = [(shape, error.fault) for shape, error in failures[:4]]
-    raise InputError(
-        f"no usual input fits {type(model).__name__}",
-        details=details,
-        hint="pass example_inputs=(x,) as forward takes them",
-    )
 
 
 def candidates(model: nn.Module) -> Iterator[Inputs]:

@@ -1,0 +1,76 @@
+"""The ways from a model to a graph, and which of them is taken.
+
+``symbolic``  the model's Python runs on tensors without data, and every call is written down
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import fx, nn
+
+from .errors import FxpruneError, InputError, TraceError
+from .inputs import Inputs, candidates, given
+from .rules import Rules
+from .trace import trace
+
+Frontend = Literal["symbolic", "export", "record"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A graph, the inputs it was made with, and the way it was made."""
+
+    graph: fx.GraphModule
+    inputs: Inputs
+    frontend: Frontend
+
+
+Way = Callable[[nn.Module, Inputs, Rules], fx.GraphModule]
+
+
+def _symbolic(model: nn.Module, inputs: Inputs, rules: Rules) -> fx.GraphModule:
+    return trace(model, inputs.args, inputs.kwargs, rules=rules)
+
+
+# in the order in which they are tried: each takes more than the one before, and costs more
+WAYS: Mapping[str, Way] = {"symbolic": _symbolic}
+
+
+def traced(
+    model: nn.Module, example_inputs: Any, rules: Rules, frontend: Frontend | None = None
+) -> Traced:
+    """The traced graph and its inputs; the usual ones are tried where none are given.
+
+    Without `frontend`, the first way that gives a graph is taken. Raises `InputError` where the
+    inputs do not fit, and the first way's `TraceError` where no way gives a graph.
+    """
+    if example_inputs is not None:
+        return _by_some_way(model, given(example_inputs), rules, frontend)
+    failures: list[tuple[str, FxpruneError]] = []
+    for inputs in candidates(model):
+        try:
+            return _by_some_way(model, inputs, rules, frontend)
+        except InputError as error:
+            failures.append((inputs.describe(), error))
+    details = [(shape, error.fault) for shape, error in failures[:4]]
+    raise InputError(
+        f"no usual input fits {type(model).__name__}",
+        details=details,
+        hint="pass example_inputs=(x,) as forward takes them",
+    )
+
+
+def _by_some_way(
+    model: nn.Module, inputs: Inputs, rules: Rules, frontend: Frontend | None
+) -> Traced:
+    first: TraceError | None = None
+    for name in WAYS if frontend is None else (frontend,):
+        try:
+            return Traced(WAYS[name](model, inputs, rules), inputs, name)  # type: ignore[arg-type]
+        except TraceError as error:
+            first = first or error
+    assert first is not None
+    raise first
