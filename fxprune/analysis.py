@@ -17,6 +17,7 @@ from .explain import Explanation, explain
 from .flow import Flow, Mixing, flow
 from .frontends import WAYS, Frontend, traced
 from .groups import Group, Groups, groups
+from .heads import Heads
 from .ids import Freeze
 from .inputs import Inputs
 from .trace import describe
@@ -49,6 +50,7 @@ class Analysis:
     tensors: Mapping[str, Tensor]
     mixing: Mixing = "norms"
     scatter: bool = False
+    heads: Heads = "dims"
     frontend: Frontend = "symbolic"
     warnings: list[str] = field(default_factory=list)
 
@@ -121,6 +123,7 @@ def analyze(
     *,
     mixing: Mixing = "norms",
     scatter: bool = False,
+    heads: Heads = "dims",
     frontend: Frontend | None = None,
     strict: bool = False,
     watch: Watch = silent,
@@ -132,26 +135,30 @@ def analyze(
     channels although their statistics then differ from the masked network's: "norms"
     (normalisation layers), "all" (softmax, mean, max over channels too) or "none". With `scatter`,
     streams that are added up keep their width, and each branch may lose channels of its own: what
-    is left of it is scattered back before the addition. `frontend` forces one way to the graph
-    (see `fxprune.frontends`); without it the first that works is taken. `strict` raises `RuleError`
-    on an op that no rule knows, instead of freezing what reaches it.
+    is left of it is scattered back before the addition. `heads` says what may go of attention
+    heads: "dims", equally many of each; "whole" ones; or "keep" for neither. `frontend` forces one
+    way to the graph (see `fxprune.frontends`); without it the first that works is taken. `strict`
+    raises `RuleError` on an op that no rule knows, instead of freezing what reaches it.
     """
     check_model(model)
     check_choice("mixing", mixing, ("norms", "all", "none"))
+    check_choice("heads", heads, ("dims", "whole", "keep"))
     rules = rule_files.current()
     if frontend is not None:
         check_choice("frontend", frontend, tuple(WAYS))
     way = traced(model, example_inputs, rules, frontend)
     graph = way.graph
     watch("trace", model, graph)
-    found = flow(graph, rules, mixing=mixing, scatter=scatter)
+    found = flow(graph, rules, mixing=mixing, scatter=scatter, heads=heads)
     if strict and found.unknown:
         _refuse(found)
     watch("flow", graph, found)
     grouped = groups(found)
     watch("groups", found, grouped)
     tensors = tensors_of(model)
-    analysis = Analysis(model, found, way.inputs, grouped, tensors, mixing, scatter, way.frontend)
+    analysis = Analysis(
+        model, found, way.inputs, grouped, tensors, mixing, scatter, heads, way.frontend
+    )
     analysis.warnings = list(_warnings(found, grouped))
     return analysis
 

@@ -18,6 +18,7 @@ from .criteria import CriterionLike
 from .errors import ModelError, NothingToPrune, OptionError, PlanError
 from .flow import Mixing
 from .frontends import Frontend
+from .heads import Heads
 from .ignore import Ignore
 from .inputs import of_spec
 from .planning import make_plan
@@ -58,6 +59,7 @@ def prune(
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     mixing: Mixing | None = None,
     scatter: bool | None = None,
+    heads: Heads | None = None,
     verify: Verify = True,
     frontend: Frontend | None = None,
     dump: str | os.PathLike[str] | None = None,
@@ -93,6 +95,8 @@ def prune(
                     "norms" (the default), "all", "none".
     scatter:        residual streams keep their width; each branch that is added to one loses
                     channels of its own and is scattered back. Default False: they are coupled.
+    heads:          what may go of attention heads: "dims", equally many of each head (the default);
+                    "whole" heads; "keep": neither.
     verify:         True compares shapes and numbers, "shapes" shapes only, False nothing.
     frontend:       force one way from the model to a graph, "symbolic", "export" or "record" (see
                     `fxprune.frontends`); by default the first that works, which the report names.
@@ -105,9 +109,8 @@ def prune(
     chosen = settings(recipe, _given(locals()))
     check_choice("verify", verify, (True, False, "shapes"))
     watch = _watches(watch, dump)
-    how: Any = {"mixing": chosen.mixing, "scatter": chosen.scatter, "strict": strict}
-    how["frontend"] = frontend
-    analysis = analyze(model, example_inputs, watch=watch, **how)
+    how: Any = {name: getattr(chosen, name) for name in _READ_BY}
+    analysis = analyze(model, example_inputs, frontend=frontend, strict=strict, watch=watch, **how)
     check_finite(_weights(analysis))
     while True:
         _check_prunable(analysis)
@@ -118,6 +121,7 @@ def prune(
             _freeze_at(analysis, error)
 
 
+_READ_BY = ("mixing", "scatter", "heads")  # settings that analysis depends on
 _CHOICES = frozenset(each.name for each in fields(Settings)) - {"recipe"}
 
 
@@ -221,7 +225,7 @@ def plan(
 
 def _check_analysed(analysis: Analysis, chosen: Settings) -> None:
     """A recipe's options of analysis must be those the analysis was made with."""
-    for name in ("mixing", "scatter"):
+    for name in _READ_BY:
         wanted, found = getattr(chosen, name), getattr(analysis, name)
         if wanted != found:
             recipe = chosen.recipe or "without a name"
@@ -255,7 +259,7 @@ def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis
     if example_inputs is None and plan.inputs is not None:
         inputs = of_spec(plan.inputs)
         example_inputs = inputs.kwargs or inputs.args
-    how: Any = {"mixing": plan.mixing, "scatter": plan.scatter, "frontend": plan.frontend}
+    how: Any = {name: getattr(plan, name) for name in (*_READ_BY, "frontend")}
     return analyze(model, example_inputs, **how)
 
 

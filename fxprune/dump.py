@@ -177,9 +177,11 @@ def _tie_rows(flow: Flow) -> Iterator[Row]:
     for tie in flow.ids.ties:
         left, right = tie.left.reshape(-1).tolist(), tie.right.reshape(-1).tolist()
         yield [_node_name(tie.node), ranges(left), "~", ranges(right)]
-    for row in flow.ids.rows:
-        other = ranges(row.other.reshape(-1).tolist()) if row.other is not None else "no channels"
-        yield [_node_name(row.node), f"rows of {ranges(row.ids.reshape(-1).tolist())}", "~", other]
+    for what, found in (("rows", flow.ids.rows), ("columns", flow.ids.columns)):
+        for each in found:
+            other = "no channels" if each.other is None else ranges(each.other.reshape(-1).tolist())
+            ids = ranges(each.ids.reshape(-1).tolist())
+            yield [_node_name(each.node), f"{what} of {ids}", "~", other]
 
 
 def _frozen_rows(flow: Flow) -> Iterator[Row]:

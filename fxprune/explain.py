@@ -140,8 +140,7 @@ class _Ties:
         ids = analysis.flow.ids
         self.slots = [slot for per in ids.slots.values() for slot in per]
         self.count = ids.count
-        pairs = [(t.left, t.right, t.node) for t in ids.ties]
-        pairs += [(r.ids[:, 0], r.other, r.node) for r in ids.rows if r.other is not None]
+        pairs = [(t.left, t.right, t.node) for t in analysis.all_groups.ties]
         left = [a.reshape(-1).numpy() for a, _, _ in pairs] or [np.zeros(0, np.int64)]
         right = [b.reshape(-1).numpy() for _, b, _ in pairs] or [np.zeros(0, np.int64)]
         self.nodes = [node for _, _, node in pairs]

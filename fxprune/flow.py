@@ -15,12 +15,14 @@ from torch import Tensor, fx, nn
 from . import einsum, letters, movement
 from . import scatter as scattering
 from .errors import RuleError
-from .ids import Ids, Layer, RowTie, Value, compress
+from .heads import Heads
+from .ids import ColumnTie, Ids, Layer, RowTie, Value, compress
 from .letters import DimsUse
 from .pattern import bind
 from .rules import Rules, Use
 from .shuffle import Gather, find_gather, in_order
 from .trees import has_tensors, leaves, mapped
+from .widen import Wide, can_be_wide
 
 Mixing = Literal["norms", "all", "none"]
 
@@ -36,6 +38,8 @@ class Flow:
     ``mixing``   nodes whose statistics run over channels that may go -> those layers
     ``gathers``  node -> the shuffle that a gather can take the place of
     ``scatters`` node -> operands that are laid out at full width before it, zeros for what went
+    ``wide``     node -> operands it reads channels of by position, laid out like those of scatters
+    ``averages`` node -> ids it takes means over, which are scaled to the original's count
     """
 
     graph: fx.GraphModule
@@ -47,18 +51,25 @@ class Flow:
     mixing: set[fx.Node] = field(default_factory=set)
     gathers: dict[fx.Node, Gather] = field(default_factory=dict)
     scatters: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    wide: dict[fx.Node, Wide] = field(default_factory=dict)
+    averages: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
 
 
 def flow(
-    graph: fx.GraphModule, rules: Rules, *, mixing: Mixing = "norms", scatter: bool = False
+    graph: fx.GraphModule,
+    rules: Rules,
+    *,
+    mixing: Mixing = "norms",
+    scatter: bool = False,
+    heads: Heads = "dims",
 ) -> Flow:
     """Which channels each value of the graph carries, what ties them, what freezes them.
 
     `mixing` says which ops may go on over fewer channels although their statistics then differ
     from the masked network's: normalisation layers, all, or none. `scatter` leaves what is added up
-    at full width and unties the branches.
+    at full width and unties the branches. `heads` says what may go of attention heads.
     """
-    run = _Run(Flow(graph), rules, mixing, scatter)
+    run = _Run(Flow(graph), rules, mixing, scatter, heads)
     for node in graph.graph.nodes:
         run.result.values[node] = run.value(node)
     for node in run.result.scatters:
@@ -67,8 +78,16 @@ def flow(
 
 
 class _Run:
-    def __init__(self, result: Flow, rules: Rules, mixing: Mixing, scatter: bool = False):
+    def __init__(
+        self,
+        result: Flow,
+        rules: Rules,
+        mixing: Mixing,
+        scatter: bool = False,
+        heads: Heads = "dims",
+    ):
         self.result, self.rules, self.mixing, self.scatter = result, rules, mixing, scatter
+        self.heads = heads
         self.ids = result.ids
         self.modules: dict[str, nn.Module] = dict(result.graph.named_modules())
         self.aliases: dict[str, str] = result.graph.meta.get("fxprune_aliases", {})
@@ -309,7 +328,8 @@ class _Run:
         fixed = {**use.rule.fixed, **sizes}
         binding = bind(pattern, shapes, tuple(outputs[0].shape), sizes=fixed, ranks=ranks)
         values = [self._if_raw(v) for v in values]
-        layers, done, mixed = letters.flow(self.ids, node, use.rule, binding, values)
+        layers, done, mixed = letters.flow(self.ids, node, use.rule, binding, values, self.heads)
+        layers += self._past_windows(node, done, values)
         if mixed:
             self.mixes(node, [n.ids for n in mixed], "norms" if use.rule.norm else "all")
         self.result.uses[node] = done
@@ -317,6 +337,21 @@ class _Run:
         return _first_zero(
             mapped(lambda t: self._dims_output(t, outputs[0], layers, weight), node.meta["val"])
         )
+
+    def _past_windows(self, node: fx.Node, done: DimsUse, values: list[Any]) -> list[Layer]:
+        """Channels under a window are laid out at full width; each place it gives has a new one."""
+        if not done.windows:
+            return []
+        operands = {id(self.result.values[n]): n for n in node.all_input_nodes}
+        wide = self.result.wide[node] = Wide()
+        wide.operands += [(operands[id(values[i])], dim) for i, dim in done.windows]
+        wide.cut += letters.places(done)
+        shape = leaves(node.meta["val"], Tensor)[0].shape
+        return [Layer(self._along(dim, shape), False) for dim in wide.cut]
+
+    def _along(self, dim: int, shape: Sequence[int]) -> Tensor:
+        """New ids along one dim of a shape."""
+        return self.ids.fresh(shape[dim]).view([-1 if d == dim else 1 for d in range(len(shape))])
 
     def _if_raw(self, value: Value | None) -> Value | None:
         return self.opened(value) if value is not None and value.param in self.ids.slots else value
@@ -414,6 +449,8 @@ class _Run:
         beside = set(wide.varying) - set(narrow.varying)
         if _by_rows(set(narrow.varying), wide) and not beside & reach[narrow is b]:
             self._row_tie(node, wide, set(narrow.varying), narrow)
+        elif self._by_columns(set(narrow.varying), wide) and not beside & reach[narrow is b]:
+            self._column_tie(node, wide, set(narrow.varying), narrow)
         else:
             self.ids.tie(node, narrow.ids, wide.ids)
         return wide if len(wide.varying) > len(narrow.varying) else a
@@ -422,6 +459,9 @@ class _Run:
         """Meet something without channels along `dims`: rows stay, whole layers are frozen."""
         if _by_rows(dims, layer):
             self._row_tie(node, layer, dims, None)
+            return True
+        if self._by_columns(dims, layer):
+            self._column_tie(node, layer, dims, None)
             return True
         self.ids.freeze(node, layer.ids, f"meets a constant or an input at %{node.name}")
         return False
@@ -433,6 +473,17 @@ class _Run:
         ids = wide.ids.permute(order).reshape(rows, -1)
         other = None if narrow is None else narrow.ids.permute(order).reshape(-1)
         self.ids.rows.append(RowTie(node, ids, other))
+
+    def _by_columns(self, dims: set[int], wide: Layer) -> bool:
+        """Whether `dims` are those along which channels of rows go, and rows may go whole."""
+        return self.heads != "dims" and {wide.varying[-1]} == dims < set(wide.varying)
+
+    def _column_tie(self, node: fx.Node, wide: Layer, dims: set[int], narrow: Layer | None) -> None:
+        """What meets the columns of all rows: see `ColumnTie`."""
+        (dim,) = dims
+        ids = wide.ids.movedim(dim, -1).reshape(-1, wide.ids.shape[dim])
+        other = None if narrow is None else narrow.ids.reshape(-1)
+        self.ids.columns.append(ColumnTie(node, ids, other))
 
     def _zero(
         self, node: fx.Node, use: Use, values: list[Value], laid: list[list[Layer]]
@@ -487,9 +538,26 @@ class _Run:
                 ids = ids.narrow(d, 0, 1)
             self.ids.tie(node, layer.ids, ids)
             return Layer(ids, zero)
+        if self._reduced_exactly(node, use, layer):
+            return None
         if not (use.rule.additive and layer.zero):
             self.mixes(node, [layer.ids], "norms" if weight else "all")
         return layer if use.rule.keeps_dims else None
+
+    def _reduced_exactly(self, node: fx.Node, use: Use, layer: Layer) -> bool:
+        """Whether the result over what is left can be made that over all, zeros where it went."""
+        operands = [n for n in node.all_input_nodes if isinstance(self.result.values[n], Value)]
+        if self.mixing == "all" or use.rule.additive or use.rule.keeps_dims or len(operands) != 1:
+            return False
+        value = self.opened(self.result.values[operands[0]])
+        if use.rule.averages and layer.zero and not value.weight:
+            self.result.averages.setdefault(node, []).append(layer.ids)
+            return True
+        if not can_be_wide(value, layer):
+            return False
+        wide = self.result.wide.setdefault(node, Wide())
+        wide.operands.append((operands[0], layer.varying[0]))
+        return True
 
     def _reduced_value(
         self, tensor: Any, shape: tuple[int, ...], layers: list[Layer], dims: set[int], weight: bool

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from .flow import Flow
-from .ids import Freeze, Role, Slot, Tie
+from .ids import ColumnTie, Freeze, Role, RowTie, Slot, Tie
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,13 @@ class Groups:
     """All groups of a network, and what binds their choice.
 
     ``channel``     id -> channel number; 0 for ids that cannot go
+    ``ties``        all that made classes of ids
     ``keep_one``    sets of channels of which one at least must stay (pieces of a split)
     """
 
     groups: list[Group]
     channel: np.ndarray
+    ties: list[Tie] = field(default_factory=list)
     constraints: list[Constraint] = field(default_factory=list)
     keep_one: list[np.ndarray] = field(default_factory=list)
 
@@ -80,42 +82,66 @@ class Groups:
         return [group for group in self.groups if group.prunable]
 
 
+_Band = RowTie | ColumnTie
+
+
 def groups(flow: Flow) -> Groups:
     """Merge the ties of `flow`; order groups as their first parameter appears in the graph."""
-    label, extra = _settled(flow)
+    label, ties, extra = _settled(flow)
     reasons = _frozen(flow, label, extra)
     slots = [slot for per in flow.ids.slots.values() for slot in per]
     _freeze_unmade(label, slots, reasons)
     found = _grouped(slots, label, reasons)
     channel = np.where(np.isin(label, list(reasons)), 0, label + 1) if reasons else label + 1
     channel[0] = 0
-    result = Groups([_numbered(group) for group in found], channel)
+    result = Groups([_numbered(group) for group in found], channel, ties)
     result.constraints = list(_constraints(flow, channel))
     result.keep_one = _unique(_pieces(flow, channel))
     return result
 
 
-def _settled(flow: Flow) -> tuple[np.ndarray, list[Freeze]]:
-    """Classes once it is known which rows go as a whole, and what is frozen because of that."""
-    open_rows, ties, frozen = list(flow.ids.rows), list(flow.ids.ties), []
+def _settled(flow: Flow) -> tuple[np.ndarray, list[Tie], list[Freeze]]:
+    """Classes once it is known which rows go as a whole, all ties that made them, and what is
+    frozen because of that."""
+    rows, columns = list(flow.ids.rows), list(flow.ids.columns)
+    ties, frozen = list(flow.ids.ties), []
     while True:
         label = _components(ties, flow.ids.count)
-        whole = [row for row in open_rows if _goes_whole(label[row.ids.numpy()])]
-        if not whole:
+        settled: list[_Band] = [row for row in rows if _goes_whole(label, row)]
+        settled = settled or [column for column in columns if not _goes_whole(label, column)]
+        if not settled:
             break
-        open_rows = [row for row in open_rows if row not in whole]
-        for row in whole:
-            if row.other is None:
-                frozen.append(Freeze(row.node, row.ids, "would lose whole blocks on one side"))
-            else:
-                ties.append(Tie(row.node, row.ids[:, 0], row.other))
-    stay = [row for row in open_rows if row.other is not None]
-    frozen += [Freeze(row.node, row.other, "belongs to whole rows of channels") for row in stay]  # type: ignore[arg-type]
-    return label, frozen
+        rows = [row for row in rows if row not in settled]
+        columns = [column for column in columns if column not in settled]
+        ties += [tie for each in settled if (tie := _row_or_column_tie(each))]
+        frozen += [_stopped(each) for each in settled if each.other is None]
+    rest: list[_Band] = [*rows, *columns]
+    frozen += [_beside(tied) for tied in rest if tied.other is not None]
+    return label, ties, frozen
 
 
-def _goes_whole(rows: np.ndarray) -> bool:
+def _goes_whole(label: np.ndarray, tied: _Band) -> bool:
+    rows = label[tied.ids.numpy()]
     return bool((rows == rows[:, :1]).all())
+
+
+def _row_or_column_tie(tied: _Band) -> Tie | None:
+    if tied.other is None:
+        return None
+    if isinstance(tied, RowTie):
+        return Tie(tied.node, tied.ids[:, 0], tied.other)
+    return Tie(tied.node, tied.ids, tied.other.expand_as(tied.ids))
+
+
+def _beside(tied: _Band) -> Freeze:
+    assert tied.other is not None
+    return Freeze(tied.node, tied.other, "belongs to whole rows of channels")
+
+
+def _stopped(tied: _Band) -> Freeze:
+    rows = isinstance(tied, RowTie)
+    why = "would lose whole blocks on one side" if rows else "meets a constant or an input"
+    return Freeze(tied.node, tied.ids, why)
 
 
 def _components(ties: list[Tie], count: int) -> np.ndarray:

@@ -82,6 +82,19 @@ class RowTie:
 
 
 @dataclass(frozen=True, eq=False)
+class ColumnTie:
+    """Ids over (rows, columns) that meet something with one element a column.
+
+    If rows turn out to go as a whole, all columns stay, and with them ``other``. If not, each
+    column is tied to ``other`` (frozen, if ``other`` has no ids).
+    """
+
+    node: fx.Node | None
+    ids: Tensor
+    other: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
 class Freeze:
     """Ids that cannot go, where and why."""
 
@@ -98,6 +111,7 @@ class Ids:
     ties: list[Tie] = field(default_factory=list)
     frozen: list[Freeze] = field(default_factory=list)
     rows: list[RowTie] = field(default_factory=list)
+    columns: list[ColumnTie] = field(default_factory=list)
     slots: dict[str, list[Slot]] = field(default_factory=dict)
     splits: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     pieces: list[Tensor] = field(default_factory=list)

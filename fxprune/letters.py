@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from .ids import Ids, Layer, RowTie, Value
+from . import heads as attention
+from .heads import Heads
+from .ids import ColumnTie, Ids, Layer, Role, RowTie, Value
 from .pattern import Binding
 from .rules import Rule
 
@@ -47,6 +49,7 @@ class DimsUse:
     binding: Binding
     layers: list[Named] = field(default_factory=list)
     params: dict[str, str] = field(default_factory=dict)
+    windows: list[tuple[int, int]] = field(default_factory=list)  # (operand, dim) read by position
 
     def given(self, operand: str) -> bool:
         """Whether the call has this operand."""
@@ -77,6 +80,8 @@ class _Call:
     rule: Rule
     binding: Binding
     values: list[Value | None]
+    heads: Heads = "dims"
+    windows: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.sizes = self.binding.sizes
@@ -101,23 +106,26 @@ def flow(
     rule: Rule,
     binding: Binding,
     values: list[Value | None],
+    heads: Heads = "dims",
 ) -> tuple[list[Layer], DimsUse, list[Named]]:
     """Run a dims rule: bind parameters, tie, and return the output's layers.
 
     The last item holds the layers that are mixed by a normalisation, for the caller's policy to
     judge.
     """
-    call = _Call(ids, node, rule, binding, values)
+    call = _Call(ids, node, rule, binding, values, heads)
     layers = {i: _named_layers(call, i) for i in range(len(call.values)) if not call.is_raw(i)}
     layers = {i: _without_windows(call, i, found) for i, found in layers.items()}
     layers = _blocks_as_wholes(call, layers)
+    if heads != "dims":
+        layers = _heads_as_wholes(call, layers)
     merged = _tied(call, layers)
     merged = _bind_params(call, merged)
     made = _make_channels(call, merged)
     mixed: list[Named] = []
     found = (_passed(call, layers, named, mixed) for named in [*merged, *made])
     out = [layer for layer in found if layer]
-    use = DimsUse(call.rule, call.binding, [*merged, *made])
+    use = DimsUse(call.rule, call.binding, [*merged, *made], windows=call.windows)
     for name, value in zip(call.rule.operands, call.values, strict=False):
         if value is not None and value.param is not None:
             use.params[name] = value.param
@@ -172,11 +180,36 @@ def _without_windows(call: _Call, i: int, layers: list[Named]) -> list[Named]:
     windows = call.real(i) - others - call.out
     kept = []
     for named in layers:
-        if set(named.letters) <= windows:
+        if set(named.letters) <= windows and _can_be_wide(call, i, named):
+            call.windows.append((i, _home(call, i, named)))
+        elif set(named.letters) <= windows:
             call.ids.freeze(call.node, named.ids, "is read by position, as in a window")
         else:
             kept.append(_along(call, named, windows))
     return kept
+
+
+def _can_be_wide(call: _Call, i: int, named: Named) -> bool:
+    """Whether zeros may be laid out where channels went, and the op be run over all places."""
+    value, dims = call.values[i], call.binding.inputs[i] or ()
+    single = isinstance(call.node.meta["val"], Tensor)
+    data = value is not None and not value.weight
+    return single and data and named.zero and named.letters in dims
+
+
+def _home(call: _Call, i: int, named: Named) -> int:
+    return (call.binding.inputs[i] or ()).index(named.letters)
+
+
+def places(use: DimsUse) -> list[int]:
+    """Dims of the output that the op makes: where a window stood."""
+    given = {n for dims in use.binding.inputs for names in dims or () for n in names}
+    sizes, out = use.binding.sizes, use.binding.output
+    return [
+        d
+        for d, names in enumerate(out)
+        if len(names) == 1 and names[0] not in given and sizes[names[0]] > 1
+    ]
 
 
 def _made_letters(call: _Call) -> list[tuple[list[str], list[str]]]:
@@ -210,6 +243,27 @@ def _blocks_as_wholes(call: _Call, layers: dict[int, list[Named]]) -> dict[int, 
     return layers
 
 
+def _heads_as_wholes(call: _Call, layers: dict[int, list[Named]]) -> dict[int, list[Named]]:
+    """Rows of channels that a product of activations keeps apart come and go whole, or stay."""
+    data = [i for i in layers if (value := call.values[i]) is not None and not value.weight]
+    letters = {i: [named.letters for named in layers[i]] for i in data}
+    heads = attention.shared(letters, call.out)
+    if not heads:
+        return layers
+    whole = dict(layers)
+    for i in data:
+        whole[i] = [_along(call, named, _others(named, heads)) for named in layers[i]]
+        for named in whole[i] if call.heads == "keep" else ():
+            if set(named.letters) <= heads:
+                call.ids.freeze(call.node, named.ids, "heads stay (heads='keep')")
+    return whole
+
+
+def _others(named: Named, heads: set[str]) -> set[str]:
+    """Letters of a layer beside those of the heads, where it has both."""
+    return set(named.letters) - heads if heads & set(named.letters) else set()
+
+
 def _beside(call: _Call, i: int, letter: str) -> set[str]:
     dims = call.binding.inputs[i] or ()
     return {
@@ -219,6 +273,18 @@ def _beside(call: _Call, i: int, letter: str) -> set[str]:
 
 def _matches(a: Named, b: Named) -> bool:
     return set(a.letters) <= set(b.letters) or set(b.letters) <= set(a.letters)
+
+
+def _numbers_rows(a: Named, b: Named) -> bool:
+    """Whether `a` has one channel for each row of `b`: heads of attention, blocks."""
+    return set(a.letters) < set(b.letters) and b.letters[-1] not in a.letters
+
+
+def _row_tie(call: _Call, wide: Named, narrow: Named) -> None:
+    rows = narrow.letters
+    rest = [letter for letter in wide.letters if letter not in rows]
+    ids = wide.over([*rows, *rest]).reshape(narrow.ids.numel(), -1)
+    call.ids.rows.append(RowTie(call.node, ids, narrow.ids.reshape(-1)))
 
 
 def _tie(call: _Call, a: Named, b: Named) -> None:
@@ -234,19 +300,23 @@ def _tied(call: _Call, operands: dict[int, list[Named]]) -> list[Named]:
     """
     merged: list[Named] = []
     owners: list[set[int]] = []
-    for i, layers in operands.items():
-        for named in layers:
-            free = (k for k in range(len(merged)) if i not in owners[k])
-            k = next((k for k in free if _matches(named, merged[k])), None)
-            if k is None:
-                merged.append(named)
-                owners.append({i})
-                continue
+    found = [(i, named) for i, layers in operands.items() for named in layers]
+    for i, named in sorted(found, key=lambda pair: -len(pair[1].letters)):
+        free = [k for k in range(len(merged)) if i not in owners[k]]
+        rows = [k for k in free if _numbers_rows(named, merged[k])]
+        k = next((k for k in free if _matches(named, merged[k]) and k not in rows), None)
+        if k is not None:
             owners[k].add(i)
             _tie(call, merged[k], named)
-            wide = max(merged[k], named, key=lambda n: len(n.letters))
             zero = merged[k].zero or named.zero
-            merged[k] = Named(wide.letters, wide.ids, zero, wide.origin)
+            merged[k] = Named(merged[k].letters, merged[k].ids, zero, merged[k].origin)
+        elif rows:
+            for k in rows:
+                owners[k].add(i)
+                _row_tie(call, merged[k], named)
+        else:
+            merged.append(named)
+            owners.append({i})
     return [
         named
         for named, mine in zip(merged, owners, strict=True)
@@ -276,13 +346,18 @@ def _bind_params(call: _Call, layers: list[Named]) -> list[Named]:
         for k, named in enumerate(layers):
             contracted = set(named.letters) - call.out
             shared = set(named.letters) & call.real(i)
-            if shared and contracted <= call.real(i):
-                layers[k] = named = _along(call, named, set(named.letters) - call.real(i))
-                _bind(call, i, named, "in" if contracted else "through")
+            if not shared or not contracted <= call.real(i):
+                continue
+            role: Role = "in" if contracted else "through"
+            if call.heads != "dims" and len(shared) < len(named.letters):
+                _bind_columns(call, i, named, role)
+                continue
+            layers[k] = named = _along(call, named, set(named.letters) - call.real(i))
+            _bind(call, i, named, role)
     return layers
 
 
-def _bind(call: _Call, i: int, named: Named, role) -> None:
+def _bind(call: _Call, i: int, named: Named, role: Role) -> None:
     value, dims = call.values[i], call.binding.inputs[i]
     assert value is not None and value.param is not None and dims is not None
     if call.rule.scales and call.rule.scales == call.rule.operands[i]:
@@ -305,6 +380,16 @@ def _bind(call: _Call, i: int, named: Named, role) -> None:
     else:
         ids = ids.reshape(-1)
     call.ids.slot(value.param, dim, ids, role, call.node)
+
+
+def _bind_columns(call: _Call, i: int, named: Named, role: Role) -> None:
+    """Bind a parameter with one element a column, shared by all rows, which may go whole."""
+    own = tuple(letter for letter in named.letters if letter in call.real(i))
+    rows = [letter for letter in named.letters if letter not in own]
+    other = Named(own, call.ids.fresh(*(call.sizes[n] for n in own)))
+    ids = named.over([*rows, *own]).reshape(-1, other.ids.numel())
+    call.ids.columns.append(ColumnTie(call.node, ids, other.ids.reshape(-1)))
+    _bind(call, i, other, role)
 
 
 def _make_channels(call: _Call, merged: list[Named]) -> list[Named]:

@@ -55,6 +55,16 @@ class Context:
             return arg if self.number(arg) == need else need
         return arg if arg in (-1, need) else need
 
+    def is_open(self, arg: Any) -> bool:
+        """Whether a number is computed from sizes of the input, and not from widths alone."""
+        if not isinstance(arg, fx.Node):
+            return False
+        value = self.widths.value(arg.args[0]) if arg.args else None
+        if isinstance(value, Value):
+            dim = arg.args[1] if len(arg.args) > 1 else None
+            return not isinstance(dim, int) or not self.widths.has_channels(value, dim)
+        return any(self.is_open(node) for node in arg.all_input_nodes)
+
     def concrete(self, arg: Any) -> Any:
         return fx.node.map_aggregate(arg, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
 
@@ -100,6 +110,8 @@ def shape(call: Call, context: Context) -> None:
         return
     need = context.shape(call.node)
     made = [context.fits(size, n) for size, n in zip(sizes, need, strict=True)]
+    if call.use.rule.kind == "reshape":
+        _leave_one_open(context, sizes, made)
     for key in ("shape", "size"):
         if key in call.kwargs:
             call.kwargs[key] = made
@@ -108,6 +120,14 @@ def shape(call: Call, context: Context) -> None:
         call.args = (*call.args[:at], *([tuple(made)] if nested else made))
     else:
         _set(call, "shape", tuple(made))
+
+
+def _leave_one_open(context: Context, given: Any, made: list[Any]) -> None:
+    """A size that comes out wrong, but holds the batch or a picture's size too, is left to view."""
+    pairs = enumerate(zip(given, made, strict=True))
+    wrong = [i for i, (old, new) in pairs if old is not new and context.is_open(old)]
+    if len(wrong) == 1 and -1 not in made:
+        made[wrong[0]] = -1
 
 
 def sizes(call: Call, context: Context) -> None:

@@ -92,6 +92,7 @@ def _write_plan(
         select_by=options.rule,
         mixing=analysis.mixing,
         scatter=analysis.scatter,
+        heads=analysis.heads,
         frontend=analysis.frontend,
         kept=kept,
         groups=rows,

@@ -49,6 +49,7 @@ class Plan(BaseModel):
     select_by: str = "rate"
     mixing: str = "norms"
     scatter: bool = False
+    heads: str = "dims"
     frontend: str = "symbolic"
     kept: dict[str, dict[int, Kept]] = Field(default_factory=dict)
     groups: list[GroupPlan] = Field(default_factory=list)

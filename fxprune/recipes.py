@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from .criteria import find as find_criterion
 from .errors import FxpruneError, RecipeError, nearest
 from .flow import Mixing
+from .heads import Heads
 from .score import Reduce
 from .select import Scope, SelectRule
 from .squeeze import Squeeze, as_squeeze
@@ -59,7 +60,7 @@ class Training(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole pruning. The fields from `criterion` to `scatter` are `prune`'s options.
+    """A whole pruning. The fields from `criterion` to `heads` are `prune`'s options.
 
     ``about`` says what it does, ``source`` where it is from, ``ours`` what the source leaves open
     and was filled in here. ``sparse``, ``train`` and ``fine_tune`` are settings for a training
@@ -85,6 +86,7 @@ class Recipe(BaseModel):
     squeeze: dict[str, Any] | None = None
     mixing: Mixing = "norms"
     scatter: bool = False
+    heads: Heads = "dims"
     sparse: Sparse | None = None
     train: Training | None = None
     fine_tune: Training | None = None

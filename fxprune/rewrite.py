@@ -22,6 +22,7 @@ from .rules import Use
 from .shuffle import find_gather
 from .trace import mutates, sweep
 from .trees import has_tensors, leaves
+from .widen import share
 from .widths import RewriteError, Widths, gather
 
 _COMPUTED_SIZES = ("reshape", "move", "fill", "cat", "pad", "assign")
@@ -188,12 +189,39 @@ class _Writer:
             call.args, call.kwargs = self.pinned(call.args), dict(self.pinned(call.kwargs))
             if node in self.flow.uses:
                 self.sized(call, self.flow.uses[node])
-            env = self.env
-            if node in self.flow.scatters:
-                env = {**env, **self._scattered(node)}
             self.env[node] = self._emit(
-                call.op, call.target, call.args, call.kwargs, node, call.attrs, env
+                call.op, call.target, call.args, call.kwargs, node, call.attrs, self._widened(node)
             )
+            self._narrowed(node)
+
+    def _widened(self, node: fx.Node) -> dict[fx.Node, Any]:
+        """What takes the place of a node's operands, those laid out at full width among it."""
+        if node in self.flow.scatters:
+            return {**self.env, **self._scattered(node)}
+        wide: dict[fx.Node, fx.Node] = {}
+        for operand, dim in self.flow.wide[node].operands if node in self.flow.wide else ():
+            value = self.widths.value(operand)
+            mask = self.widths.along(value, dim)
+            if mask is not None and not mask.all():
+                at = wide.get(operand, self.env[operand])
+                wide[operand] = self._scatter(at, dim, mask, value, operand)
+        return {**self.env, **wide} if wide else self.env
+
+    def _narrowed(self, node: fx.Node) -> None:
+        """Cut off the places of channels that went, and scale means to the original's count."""
+        for dim in self.flow.wide[node].cut if node in self.flow.wide else ():
+            mask = self.widths.along(self.widths.value(node), dim)
+            if mask is not None and not mask.all():
+                self.env[node] = self._cut(self.env[node], dim, mask, node)
+        part = share([self.widths.kept[ids] for ids in self.flow.averages.get(node, ())])
+        if part < 1:
+            self.env[node] = self.graph.call_function(operator.mul, (self.env[node], part))
+
+    def _cut(self, source: fx.Node, dim: int, mask: Tensor, node: fx.Node) -> fx.Node:
+        constant = f"_kept_{node.name}_{dim}"
+        self.constants[constant] = mask.nonzero().flatten()
+        at = self.graph.get_attr(constant)
+        return self.graph.call_function(torch.index_select, (source, dim, at))
 
     def _scattered(self, node: fx.Node) -> dict[fx.Node, fx.Node]:
         """The operands of an addition that lost channels, at full width with zeros there."""

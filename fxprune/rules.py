@@ -79,6 +79,7 @@ class Rule(BaseModel):
     ``multiplies``  operands of which one zero makes the result zero (by default all that do not
                  add)
     ``ignores``  tensors of which at most shape and dtype are read
+    ``averages`` a sum over dims by their size (of a reduction)
     ``joins``    the operands are added up, as the branches of a residual block are
     ``copies``   the result is never a view of an operand (of a movement)
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
@@ -121,6 +122,7 @@ class Rule(BaseModel):
     mixes: tuple[str, ...] = ()
     norm: bool = False
     additive: bool = False
+    averages: bool = False
     joins: bool = False
     copies: bool = False
     keeps_dims: bool = False

@@ -10,6 +10,7 @@ from .check import check_choice, check_count, check_share
 from .criteria import Criterion, CriterionLike, find
 from .errors import OptionError
 from .flow import Mixing
+from .heads import Heads
 from .ignore import Ignore
 from .recipes import RecipeLike
 from .recipes import find as find_recipe
@@ -36,6 +37,7 @@ class Settings:
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None
     mixing: Mixing = "norms"
     scatter: bool = False
+    heads: Heads = "dims"
     recipe: str = ""
 
     @property

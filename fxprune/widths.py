@@ -59,18 +59,18 @@ class Widths:
         return mask
 
     def _grid(self, node: fx.Node, mask: Tensor) -> list[int]:
+        """How many are left along each varying dim, of what is left along those before it."""
         mask = mask.squeeze()
-        if mask.ndim == 1:
-            return [int(mask.sum())]
-        sizes = [int(mask.any(dim=_others(mask.ndim, d)).sum()) for d in range(mask.ndim)]
-        if mask.ndim > 1:
-            counts = mask.reshape(-1, mask.shape[-1]).sum(-1)
+        sizes = []
+        for d in range(mask.ndim):
+            some = mask.reshape(*mask.shape[: d + 1], -1).any(-1).reshape(-1, mask.shape[d])
+            counts = some.sum(-1)
             counts = counts[counts > 0]
             if len(counts) == 0 or int(counts.min()) != int(counts.max()):
                 raise RewriteError(
                     node, f"blocks at %{node.name} would keep different numbers of channels"
                 )
-            sizes[-1] = int(counts[0])
+            sizes.append(int(counts[0]))
         return sizes
 
     def changed(self, value: Any) -> bool:
@@ -89,9 +89,15 @@ class Widths:
                 continue
             if layer.varying == (dim,):
                 kept &= mask.reshape(-1)
+            elif torch.equal(mask.any(dim), mask.all(dim)):
+                continue  # whole runs along the dim go, and the rest keep all of it
             elif not mask.any(dim=_others(mask.ndim, dim)).all() or dim == layer.varying[-1]:
                 return None
         return kept
+
+    def has_channels(self, value: Value, dim: int) -> bool:
+        """Whether channels run along a dim."""
+        return any(dim % len(value.shape) in layer.varying for layer in self.layers(value))
 
     def is_width(self, value: Value, dim: int) -> bool:
         """Whether a dim holds channels alone, each once; not channels times pixels, say."""

@@ -631,9 +631,14 @@ def layer_norm(m, x):
     return m.fc(m.n(m.a(x).flatten(2).transpose(1, 2)))
 
 
-@case(6, frozen={"a": MIXED}, a=conv(3, 8), b=conv(1, 6), fc=fc(6))
+@case(8 + 6, a=conv(3, 8), b=conv(1, 6), fc=fc(6))
 def mean_over_channels(m, x):
     return pooled(m, m.b(m.a(x).mean(1, keepdim=True)))
+
+
+@case(6, frozen={"a": MIXED}, a=conv(3, 8), b=conv(1, 6), fc=fc(6))
+def mean_over_channels_that_are_not_zero(m, x):
+    return pooled(m, m.b(m.a(x).sigmoid().mean(1, keepdim=True)))
 
 
 @case(8 + 6, mixing="all", a=conv(3, 8), b=conv(1, 6), fc=fc(6))
@@ -658,9 +663,22 @@ def sum_of_halves(m, x):
     return pooled(m, y * y.sum(1, keepdim=True))
 
 
-@case(0, frozen={"a": "window"}, a=conv(3, 8), s=nn.Conv1d(1, 1, 3, padding=1), fc=fc(8))
+@case(8, a=conv(3, 8), s=nn.Conv1d(1, 1, 3, padding=1), fc=fc(8))
 def channels_slid_over(m, x):
+    """The window sees zeros where channels went; what it gives there stays, as no layer makes it."""
     return m.fc(m.s(m.a(x).mean((2, 3)).unsqueeze(1)).squeeze(1))
+
+
+@case(0, frozen={"a": "window"}, a=conv(3, 8), s=nn.Conv1d(1, 1, 3, padding=1), fc=fc(8))
+def channels_slid_over_that_are_not_zero(m, x):
+    return m.fc(m.s(m.a(x).sigmoid().mean((2, 3)).unsqueeze(1)).squeeze(1))
+
+
+@case(8, a=conv(3, 8), s=nn.Conv1d(1, 1, 3, padding=1), fc=fc(8))
+def channels_slid_over_as_a_gate(m, x):
+    x = m.a(x)
+    gate = m.s(x.mean((2, 3)).unsqueeze(1)).squeeze(1).sigmoid()
+    return pooled(m, x * gate[:, :, None, None])
 
 
 @case(8 + 4, a=conv(3, 8), b=conv(3, 4, stride=2), c=conv(4, 8, 1), fc=fc(8))

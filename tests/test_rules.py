@@ -496,7 +496,7 @@ def rule_of(function, *args, **kwargs) -> str:
 
 def test_aten_overloads_have_their_packets_rule():
     assert rule_of(torch.ops.aten.add.Tensor) == "additions"
-    assert rule_of(torch.ops.aten.mean.dim, torch.ones(2), [0]) == "statistics"
+    assert rule_of(torch.ops.aten.mean.dim, torch.ones(2), [0]) == "averages"
     assert rule_of(torch.ops.aten.convolution.default, *[None] * 6, False) == "convolution"
     assert (
         rule_of(torch.ops.aten.convolution.default, *[None] * 6, True) == "convolution_transposed"

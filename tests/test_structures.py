@@ -608,7 +608,7 @@ def cbam(m, x):
 
 
 PARTS = dict(a=conv(3, 8), g=conv(2, 1, 7), b=conv(8, 6), o=conv(6, 2))
-CASES["cbam_left_alone"] = net(image(), half="a 8, b 3", frozen="mixes channels", **PARTS)(cbam)
+CASES["cbam_over_all"] = net(image(), half="a 4, b 3", **PARTS)(cbam)
 CASES["cbam_over_kept"] = net(image(), half="a 4, b 3", mixing="all", **PARTS)(cbam)
 
 
@@ -688,20 +688,59 @@ def channel_softmax(m, x):
     return m.o(m.b(m.a(x).softmax(1)))
 
 
+@structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(1, 6), o=conv(6, 2))
+def channel_mean(m, x):
+    """a mean divides by the original's count"""
+    return m.o(m.b(m.a(x).mean(1, keepdim=True)))
+
+
 @structure(
     image(), half="a 8, b 3", frozen="mean at %mean mixes channels", a=conv(3, 8), b=conv(1, 6),
     o=conv(6, 2),
 )
-def channel_mean(m, x):
-    return m.o(m.b(m.a(x).mean(1, keepdim=True)))
+def channel_mean_of_what_is_not_zero(m, x):
+    return m.o(m.b(m.a(x).sigmoid().mean(1, keepdim=True)))
+
+
+@structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(1, 6), o=conv(6, 2))
+def channel_max(m, x):
+    """a maximum sees the zeros of what is gone"""
+    return m.o(m.b(m.a(x).amax(1, keepdim=True)))
 
 
 @structure(
     image(), half="a 8, b 3", frozen="amax at %amax mixes channels", a=conv(3, 8), b=conv(1, 6),
     o=conv(6, 2),
 )
-def channel_max(m, x):
-    return m.o(m.b(m.a(x).amax(1, keepdim=True)))
+def channel_max_of_what_is_not_zero(m, x):
+    return m.o(m.b((m.a(x) + 1).amax(1, keepdim=True)))
+
+
+@structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(2, 6), o=conv(6, 2))
+def channel_best_and_where(m, x):
+    """places of the largest count as in the original, gone channels included"""
+    best, where = m.a(x).max(1, keepdim=True)
+    return m.o(m.b(torch.cat([best, where / 7], 1)))
+
+
+@structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(3, 6), o=conv(6, 2))
+def channel_top_three(m, x):
+    return m.o(m.b(m.a(x).topk(3, 1)[0]))
+
+
+@structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(1, 6), o=conv(6, 2))
+def channel_deviation(m, x):
+    return m.o(m.b(m.a(x).std(1, keepdim=True)))
+
+
+@structure(
+    image(), half="a 4", a=conv(3, 8), g=par(1, 8, 1, 1), s=par(1, 8, 1, 1), o=conv(8, 2),
+)
+def global_response_norm(m, x):
+    """GRN of ConvNeXt V2: each channel's length by the mean length"""
+    x = F.gelu(m.a(x))
+    length = x.norm(2, (2, 3), keepdim=True)
+    return m.o(x * length / (length.mean(1, keepdim=True) + 1e-6) * m.g + m.s + x)
 
 
 @structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(1, 6), o=conv(6, 2))
@@ -1729,7 +1768,7 @@ def test_deformable_convolution():
             return self.o(self.d(x, self.offsets(x)))
 
     pruned = assert_exact(randomise(Deformable()), (image_of(3),))
-    assert widths(pruned)["s"] == 3 and widths(pruned)["offsets"] == 18
+    assert widths(pruned)["s"] == 3 and widths(pruned)["offsets"] == 9  # masked offsets are zero
 
 
 # -- time ------------------------------------------------------------------------------------------

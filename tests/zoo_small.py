@@ -1056,7 +1056,7 @@ def effective_se(m, x):
 
 @odd(
     image(), s=conv(3, 6), a=conv(6, 8), e=nn.Conv1d(1, 1, 3, padding=1, bias=False), o=conv(8, 2),
-    frozen="is read by position, as in a window", half="s 3",
+    half="s 3, a 4",
 )
 def eca(m, x):
     x = m.a(m.s(x))
@@ -1075,7 +1075,7 @@ def mixed_depthwise(m, x):
 
 @odd(
     image(), s=conv(3, 6), a=conv(6, 8), g=conv(2, 1, 3, bias=False), o=conv(8, 2),
-    frozen="is read by position, as in a window", half="s 3",
+    half="s 3, a 4",
 )
 def triplet(m, x):
     """one arm of triplet attention: C and H trade places, pooled over H"""
@@ -1986,8 +1986,7 @@ def depthwise_by_function(m, x):
 
 
 @odd(
-    image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 6), o=conv(6, 2),
-    frozen="mean at %mean mixes channels", half="s 3",
+    image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 6), o=conv(6, 2), half="s 3, a 4, b 3",
 )
 def mean_of_everything(m, x):
     found = {}
