@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from . import counters
 from . import rules as rule_files
+from .causes import Cause, causes
 from .check import check_choice, check_model, tensors_of
 from .errors import RuleError
 from .explain import Explanation, explain
@@ -81,6 +82,19 @@ class Analysis:
         `OptionError` for others.
         """
         return explain(self, a, b)
+
+    @property
+    def share(self) -> float:
+        """The share of all channels that could go."""
+        every = sum(map(len, self.groups))
+        return sum(len(group) for group in self.groups if group.prunable) / max(every, 1)
+
+    def causes(self, most: int = 3) -> list[Cause]:
+        """The costliest causes of channels that stay, and which option would free them.
+
+        The graph is analysed again with each option, so this takes a few times as long.
+        """
+        return causes(self, most)
 
     def regroup(self) -> None:
         """Merge ties again, after something more was frozen."""

@@ -121,6 +121,7 @@ def prune(
             _freeze_at(analysis, error)
 
 
+_POOR = 0.5  # share of channels that could go, below which the report says what is in the way
 _READ_BY = ("mixing", "scatter", "heads")  # settings that analysis depends on
 _CHOICES = frozenset(each.name for each in fields(Settings)) - {"recipe"}
 
@@ -333,6 +334,7 @@ def _report(analysis: Analysis, plan: Plan, kept: Tensor, pruned: PrunedModule) 
         params=(_count(analysis.model), _count(pruned)),
         macs=(analysis.macs(), analysis.macs(kept)),
         warnings=[*analysis.warnings, *plan.warnings],
+        causes=analysis.causes() if analysis.share < _POOR else [],
     )
 
 

@@ -53,6 +53,12 @@ class Group:
     def prunable(self) -> bool:
         return self.frozen is None
 
+    @property
+    def is_place(self) -> bool:
+        """Whether these are places in a table (of positions, tokens, pixels) and no channels: they
+        stay, and no layer makes or reads them."""
+        return not self.prunable and all(member.role == "free" for member in self.members)
+
 
 @dataclass(frozen=True)
 class Constraint:
@@ -66,6 +72,7 @@ class Constraint:
 class Groups:
     """All groups of a network, and what binds their choice.
 
+    ``groups``      all of channels; places in tables of parameters are left out
     ``channel``     id -> channel number; 0 for ids that cannot go
     ``ties``        all that made classes of ids
     ``keep_one``    sets of channels of which one at least must stay (pieces of a split)
@@ -91,7 +98,7 @@ def groups(flow: Flow) -> Groups:
     reasons = _frozen(flow, label, extra)
     slots = [slot for per in flow.ids.slots.values() for slot in per]
     _freeze_unmade(label, slots, reasons)
-    found = _grouped(slots, label, reasons)
+    found = [g for g in _grouped(slots, label, reasons) if not g.is_place]
     channel = np.where(np.isin(label, list(reasons)), 0, label + 1) if reasons else label + 1
     channel[0] = 0
     result = Groups([_numbered(group) for group in found], channel, ties)

@@ -40,15 +40,22 @@ def jitters(
     tensors = tensors_of(flow.graph)
 
     @cache
-    def full(name: str) -> Tensor | None:
-        name = aliases.get(name, name)
+    def gain(name: str) -> float:
+        """How much louder a weight gets: 1 for none; 0 for one that is constant."""
         value = tensors.get(name)
         if value is None or not value.is_floating_point():
+            return 1.0
+        if _constant(value):
+            return float(not bool(value.flatten()[0].isfinite()))
+        return _louder(value) if louder and value.ndim > 1 else 1.0
+
+    def full(name: str) -> Tensor | None:  # made anew each time: all together are a second model
+        name = aliases.get(name, name)
+        found, value = gain(name), tensors.get(name)
+        if found == 1.0 or value is None:
             return None
-        if not _constant(value):
-            return _amplified(value) if louder and value.ndim > 1 else None
-        if not bool(value.flatten()[0].isfinite()):
-            return None
+        if found:
+            return value.detach().double() * (found - 1)
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         size = max(abs(float(value.flatten()[0])), 0.2)
         return (torch.rand(value.shape, generator=generator, dtype=torch.float64) - 0.5) * size
@@ -60,11 +67,11 @@ def jitters(
     return full, narrow
 
 
-def _amplified(value: Tensor) -> Tensor | None:
+def _louder(value: Tensor) -> float:
     """What makes a weight's gain 2: the root of its summed squares for each thing it makes."""
-    exact = value.detach().double()
-    gain = float(exact.square().sum(tuple(range(1, exact.ndim))).mean().sqrt())
-    return exact * (2 / gain - 1) if 0 < gain < float("inf") else None
+    norms = torch.linalg.vector_norm(value.detach().flatten(1), dim=1, dtype=torch.float64)
+    gain = float(norms.square().mean().sqrt())
+    return 2 / gain if 0 < gain < float("inf") else 1.0
 
 
 def _constant(value: Tensor) -> bool:
@@ -121,17 +128,19 @@ class Masked(Cast):
         self.narrow = {n.name: n for n in pruned.graph.nodes}
         self.pruned = pruned
         self.laid = False  # whether some op was run over the kept channels alone
+        self.coarse = pruned.dtype  # the least precise dtype that data went through
 
     def tensor(self, name: str, value: Any) -> Any:
         found = super().tensor(name, value)
         kept = self.kept.get(self.aliases.get(name, name))
-        return mask(found, kept) if kept else found
+        return mask_(found, kept) if kept else found
 
     def run_node(self, n: fx.Node) -> Any:
         twin = self.narrow.get(n.name)
         if n in self.flow.mixing and twin is not None and self._shrinks(n):
             return self._over_kept(n, twin)
         found = super().run_node(n)
+        self._note_dtype(n, found)
         value = self.flow.values.get(n)
         if not isinstance(value, Value) or not isinstance(found, Tensor) or mutates(n):
             return found
@@ -143,6 +152,13 @@ class Masked(Cast):
             keep = self._mask(value, found.shape).to(found.device)
             return torch.where(keep, found, torch.zeros_like(found))
         return found
+
+    def _note_dtype(self, n: fx.Node, found: Any) -> None:
+        given = n.meta["val"]
+        if self.coarse is None or not isinstance(given, Tensor) or not given.is_meta:
+            return
+        if isinstance(found, Tensor) and found.is_floating_point():
+            self.coarse = max(self.coarse, found.dtype, key=lambda dtype: torch.finfo(dtype).eps)
 
     def _shrinks(self, n: fx.Node) -> bool:
         return any(self.widths.changed(self.widths.value(o)) for o in n.all_input_nodes)
@@ -197,19 +213,23 @@ def _merge(run: Any, old: Any, new: Any) -> Any:
     return new
 
 
-def mask(tensor: Tensor, kept: dict[int, Kept]) -> Tensor:
-    """The tensor with everything but the kept indices set to zero."""
-    keep = torch.zeros(tensor.shape, dtype=torch.bool)
+def mask(tensor: Tensor, kept: dict[int, Kept], *, least: float = 0.0) -> Tensor:
+    """The tensor with everything but the kept indices set to zero, or to what is hardly more."""
+    return mask_(tensor.clone(), kept, least=least)
+
+
+def mask_(tensor: Tensor, kept: dict[int, Kept], *, least: float = 0.0) -> Tensor:
+    """`mask` in place; a parameter can be most of a network."""
     blocks = next((rows for rows in kept.values() if rows and isinstance(rows[0], list)), None)
-    if blocks is None:
-        keep[...] = True
-        for dim, rows in kept.items():
-            line = torch.zeros(tensor.shape[dim], dtype=torch.bool)
-            line[rows] = True
-            keep &= line.view([-1 if d == dim else 1 for d in range(tensor.ndim)])
-    else:
+    if blocks is not None:
+        keep = torch.zeros(tensor.shape, dtype=torch.bool)
         _keep_blocks(keep, kept, len(blocks))
-    return torch.where(keep.to(tensor.device), tensor, torch.zeros_like(tensor))  # 0 * inf is not 0
+        return tensor.masked_fill_(~keep.to(tensor.device), least)  # a product would keep inf
+    for dim, rows in kept.items():
+        gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
+        gone[rows] = False
+        tensor.index_fill_(dim, gone.nonzero().flatten().to(tensor.device), least)
+    return tensor
 
 
 def _keep_blocks(keep: Tensor, kept: dict[int, Kept], left: int) -> None:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from .causes import Cause
 from .verifier import Verification
 
 
@@ -26,7 +27,8 @@ class Row:
 @dataclass(repr=False)
 class Report:
     """The result of a pruning. Parameters are counted once where tied; MACs (multiply-accumulates
-    of convolutions and linear layers) are for one item of the batch."""
+    of convolutions and linear layers) are for one item of the batch. ``causes`` are the three
+    costliest ones of a network of which less than half of the channels could go."""
 
     model: str
     criterion: str
@@ -41,6 +43,7 @@ class Report:
     params: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)
     warnings: list[str] = field(default_factory=list)
+    causes: list[Cause] = field(default_factory=list)
     verification: Verification | None = None
 
     @property
@@ -78,6 +81,9 @@ class Report:
             f"  verified    {self.verification or 'no'}",
         ]
         lines += [f"  warning     {text}" for text in self.warnings]
+        if self.causes:
+            lines.append("  less than half of the channels could go, mostly because of")
+            lines += [f"    {cause}" for cause in self.causes]
         short = self.shortfalls()
         if short:
             lines.append(f"  {len(short)} of {len(self.groups)} groups gave less than asked:")

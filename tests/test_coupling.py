@@ -665,7 +665,7 @@ def sum_of_halves(m, x):
 
 @case(8, a=conv(3, 8), s=nn.Conv1d(1, 1, 3, padding=1), fc=fc(8))
 def channels_slid_over(m, x):
-    """The window sees zeros where channels went; what it gives there stays, as no layer makes it."""
+    """The window sees zeros where channels went; what it gives there stays."""
     return m.fc(m.s(m.a(x).mean((2, 3)).unsqueeze(1)).squeeze(1))
 
 
