@@ -532,6 +532,11 @@ class _Run:
         if not gone:
             return Layer(layer.ids, zero, layer.origin)
         rest = set(layer.varying) - dims
+        if layer.zero and use.rule.additive and use.rule.keeps_dims:
+            return layer
+        if rest and _by_rows(rest, layer) and self._sums_rows(node, use, layer, weight):
+            self._row_tie(node, layer, rest, None)
+            return None
         if rest:  # whole runs along the reduced dims come and go with each channel of the rest
             ids = layer.ids
             for d in gone:
@@ -543,6 +548,20 @@ class _Run:
         if not (use.rule.additive and layer.zero):
             self.mixes(node, [layer.ids], "norms" if weight else "all")
         return layer if use.rule.keeps_dims else None
+
+    def _sums_rows(self, node: fx.Node, use: Use, layer: Layer, weight: bool) -> bool:
+        """Whether each row's result is exact over what is left of it, equally many of each.
+
+        A result that keeps its dims is for the rows it is of; without them it is of channels of its
+        own, one a row, and rows go whole.
+        """
+        kept = leaves(node.meta["val"], Tensor)[0].ndim == layer.ids.ndim
+        if not (layer.zero and kept) or weight or len(layer.varying) != 2 or self.heads != "dims":
+            return False
+        if use.rule.averages and self.mixing != "all":
+            self.result.averages.setdefault(node, []).append(layer.ids)
+            return True
+        return use.rule.additive
 
     def _reduced_exactly(self, node: fx.Node, use: Use, layer: Layer) -> bool:
         """Whether the result over what is left can be made that over all, zeros where it went."""

@@ -57,7 +57,7 @@ class Group:
     def is_place(self) -> bool:
         """Whether these are places in a table (of positions, tokens, pixels) and no channels: they
         stay, and no layer makes or reads them."""
-        return not self.prunable and all(member.role == "free" for member in self.members)
+        return not self.prunable and all(m.role in ("free", "through") for m in self.members)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,8 @@ def flow(
     layers = _blocks_as_wholes(call, layers)
     if heads != "dims":
         layers = _heads_as_wholes(call, layers)
+    else:
+        _heads_stay(call, layers)
     merged = _tied(call, layers)
     merged = _bind_params(call, merged)
     made = _make_channels(call, merged)
@@ -257,6 +259,14 @@ def _heads_as_wholes(call: _Call, layers: dict[int, list[Named]]) -> dict[int, l
             if set(named.letters) <= heads:
                 call.ids.freeze(call.node, named.ids, "heads stay (heads='keep')")
     return whole
+
+
+def _heads_stay(call: _Call, layers: dict[int, list[Named]]) -> None:
+    """Rows that a product keeps apart have no channel behind it, once it has summed over them."""
+    for named in (named for found in layers.values() for named in found):
+        rows = [letter for letter in named.letters if letter in call.out]
+        if rows and len(rows) < len(named.letters) and not any(map(call.is_raw, layers)):
+            _rows_stay(call, named, rows)
 
 
 def _others(named: Named, heads: set[str]) -> set[str]:

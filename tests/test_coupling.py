@@ -226,7 +226,6 @@ def overlapping_slices_added(m, x):
 
 @case(
     8 + 8 + 3,
-    frozen={"table": CONSTANT},
     a=conv(3, 8),
     mix=nn.Linear(64, 64),
     table=weight(1, 8, 8, 8),
@@ -253,9 +252,9 @@ def pad_after_a_channel_of_zeros(m, x):
     return pooled(m, F.pad(y, (0, 0, 0, 0, 1, 1)) + m.b(y))
 
 
-@case(3, frozen={"a": "would lose whole blocks"}, a=conv(3, 8), w=weight(2 * 64, 3, 4), fc=fc(3))
+@case(8 + 3, a=conv(3, 8), w=weight(2 * 64, 3, 4), fc=fc(3))
 def capsules_squashed_by_their_length(m, x):
-    """A capsule goes as a whole, but the weights keep one matrix for each."""
+    """Each capsule loses as many dims, and is scaled by the length of what is left of it."""
     u = m.a(x).view(-1, 2, 4, 64).permute(0, 1, 3, 2).reshape(-1, 2 * 64, 4)
     u = u * (u**2).sum(-1, keepdim=True)
     return m.fc(torch.einsum("nid,ijd->nij", u, m.w).sum(1))
@@ -596,7 +595,7 @@ def scale_buffer(m, x):
     return pooled(m, m.a(x) * m.g.view(1, -1, 1, 1))
 
 
-@case(8, frozen={"t": CONSTANT}, a=conv(3, 8), t=weight(1, 8, 8, 8), fc=fc(8))
+@case(8, a=conv(3, 8), t=weight(1, 8, 8, 8), fc=fc(8))
 def a_learned_map(m, x):
     return pooled(m, m.a(x) + m.t)
 

@@ -243,16 +243,16 @@ def test_a_report_is_shown_as_it_is_printed():
 
 
 class Fusion(torch.nn.Module):
-    """Two maps joined by learned weights, as in a BiFPN."""
+    """Two maps joined by masks that a layer makes."""
 
     def __init__(self):
         super().__init__()
         self.a, self.b = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 4, 1)
-        self.w = torch.nn.Parameter(torch.ones(3))
+        self.w = torch.nn.Conv2d(3, 3, 3)
 
     def forward(self, x):
-        x = self.a(x)
-        return self.b(self.w[0] * x + self.w[1] * x.relu() + self.w[2] * x.tanh())
+        w, x = self.w(x), self.a(x)
+        return self.b(w[:, :1] * x + w[:, 1:2] * x.relu() + w[:, 2:] * x.tanh())
 
 
 def test_what_stays_for_the_same_reason_is_one_line():

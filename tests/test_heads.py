@@ -271,3 +271,31 @@ def test_a_plan_remembers_its_heads():
 def test_an_unknown_word_is_refused():
     with pytest.raises(fxprune.errors.OptionError, match="heads"):
         fxprune.analyze(Packed(), torch.randn(2, TOKENS, 5), heads="all")
+
+
+class Cosine(Packed):
+    """Queries and keys of length one, a scale a head (Swin V2)."""
+
+    def parts(self):
+        super().parts()
+        self.scale = nn.Parameter(torch.randn(HEADS, 1, 1))
+
+    def product(self, q, k, v):
+        maps = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1)
+        return (maps * self.scale).softmax(-1) @ v
+
+
+class Lengths(Packed):
+    """The same by hand: each query by the sum and the mean of its squares."""
+
+    def product(self, q, k, v):
+        q = q / q.square().sum(-1, keepdim=True).sqrt()
+        k = k / k.square().mean(-1, keepdim=True).sqrt()
+        return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("cls", [Cosine, Lengths])
+@pytest.mark.parametrize("heads", ["dims", "whole"])
+def test_lengths_of_heads_are_exact(cls, heads):
+    small = pruned(cls, heads=heads)
+    assert width(small, "qkv") == 3 * WIDTH // 2

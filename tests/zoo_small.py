@@ -2016,7 +2016,7 @@ def max_feature_map(m, x):
     return m.o(torch.maximum(*x.chunk(2, dim=1)))
 
 
-@odd(image(), a=conv(3, 12), b=conv(12, 6), o=conv(6, 2), half="a 8, b 3")
+@odd(image(), a=conv(3, 12), b=conv(12, 6), o=conv(6, 2), half="a 6, b 3")
 def group_attention(m, x):
     """SGE: every group of channels has a gate of its own, from its own mean"""
     x = m.a(x)
