@@ -12,6 +12,7 @@ name a line. Needs the extra ``bench``.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import threading
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 from benchmarks import common, zoo_networks
 from benchmarks.zoo_networks import Network
 from benchmarks.zoo_ours import Record, first_line, pruned_by_fxprune, warm_fxprune
+from benchmarks.zoo_peer import pruned_by_torch_pruning, warm_torch_pruning
+from benchmarks.zoo_reference import compared
 
 MODULE = "benchmarks.zoo"
 LISTS: dict[str, Callable[[], list[str]]] = {
@@ -35,8 +38,10 @@ LISTS: dict[str, Callable[[], list[str]]] = {
     "timm-families": zoo_networks.timm_family_names,
     "timm": zoo_networks.timm_names,
 }
-TOOLS = {"fxprune": (pruned_by_fxprune, warm_fxprune)}
-BOTH = ("fxprune", "torch-pruning")
+TOOLS = {
+    "fxprune": (pruned_by_fxprune, warm_fxprune),
+    "torch-pruning": (pruned_by_torch_pruning, warm_torch_pruning),
+}
 
 
 # -- one network -----------------------------------------------------------------------------------
@@ -62,10 +67,17 @@ def measure(name: str, tool: str, say: Callable[[Record], None], side: int = 0) 
             "verdict": "not built",
             "why": f"{type(error).__name__}: {first_line(error)}",
         }
-    pruned = prune(network, record, stage)
-    stage("check")
-    if pruned is not None:
+    original = network.model if tool == "fxprune" else copy.deepcopy(network.model)
+    result = prune(network, record, stage)
+    if result is not None:
+        pruned, kept = result
+        stage("run")
         record["verdict"], record["why"] = judged(network, pruned, shape, record)
+        stage("check")
+        if record["verdict"] == "ok":
+            record["check"] = compared(network, original, pruned, kept)
+            if record["check"]["verdict"] == "differs":
+                record["verdict"] = "silently wrong"
     stage("done")
     return record
 
@@ -141,7 +153,7 @@ def broken(record: Record, problem: str, ended: str) -> Record:
     if record["stage"] == "build":
         return {"verdict": "not built", "why": problem}
     if record["stage"] == "check":
-        return {"verdict": "ok", "check": {"verdict": "not compared", "note": problem}}
+        return {"check": {"verdict": "not compared", "note": problem}}
     verdict = {"time": "time", "memory": "memory"}.get(ended, "error: process ended")
     return {"verdict": verdict, "why": problem}
 
@@ -181,7 +193,7 @@ class Log:
 
 def run(log: Log, options: argparse.Namespace) -> None:
     """Measure all that the log does not hold yet."""
-    tools = BOTH if options.tool == "both" else (options.tool,)
+    tools = tuple(TOOLS) if options.tool == "both" else (options.tool,)
     names = dict.fromkeys(name for which in options.list for name in log.names(which))
     names = zoo_networks.matching(names, options.only)
     todo = [(name, tool) for name in names for tool in tools if wanted(log, name, tool, options)]
@@ -220,7 +232,7 @@ def main() -> int:
         "--list", action="append", default=[], help=f"{', '.join(LISTS)}, or a file"
     )
     parser.add_argument("--only", default="*", help="a shell-style pattern of names")
-    parser.add_argument("--tool", choices=(*BOTH, "both"), default="both")
+    parser.add_argument("--tool", choices=(*TOOLS, "both"), default="both")
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds to prune a network")
     parser.add_argument("--memory", type=float, default=8, help="GiB a process may hold")

@@ -21,7 +21,8 @@ Say = Callable[[str], None]
 
 
 def pruned_by_fxprune(network: Network, record: Record, say: Say) -> Any:
-    """Prune by half with all defaults; write what was found to the record; the result, or None."""
+    """Prune by half with all defaults; the result and what was kept of every parameter, or None.
+    What else was found is written to the record."""
     marks = Marks()
     common.settle_memory()
     before = common.memory()
@@ -41,9 +42,10 @@ def pruned_by_fxprune(network: Network, record: Record, say: Say) -> Any:
         record |= channels(marks.analysis)
     elif pruned is not None:
         record |= channels(fxprune.analyze(network.model, network.args))
-    if pruned is not None:
-        record |= reported(pruned)
-    return pruned
+    if pruned is None:
+        return None
+    record |= reported(pruned)
+    return pruned, pruned.fxprune.plan.kept
 
 
 class Marks:
