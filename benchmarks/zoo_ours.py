@@ -14,6 +14,7 @@ from torch import nn
 import fxprune
 from benchmarks import common
 from benchmarks.zoo_networks import Network
+from fxprune.errors import NothingToPrune, VerificationError
 
 OUTPUT = "reaches the network's output"
 Record = dict[str, Any]
@@ -67,9 +68,9 @@ class Marks:
 def failure(error: Exception) -> tuple[str, str]:
     """A verdict for an exception of prune, and its first line."""
     why = first_line(error)
-    if isinstance(error, fxprune.NothingToPrune):
+    if isinstance(error, NothingToPrune):
         return "nothing pruned", why
-    if isinstance(error, fxprune.VerificationError):
+    if isinstance(error, VerificationError):
         if "changed its shape" in why:
             return "shape changed", why
         if "differs from" in why:

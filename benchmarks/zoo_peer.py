@@ -36,9 +36,8 @@ def pruned_by_torch_pruning(network: Network, record: Record, say: Say) -> Any:
         with Recorder(model) as recorder:
             importance = tp.importance.GroupMagnitudeImportance(p=2)
             pruner = tp.pruner.BasePruner(
-                model, network.args, importance=importance, pruning_ratio=0.5,
-                in_channel_groups={}, out_channel_groups={}, **how,
-            )  # fmt: skip
+                model, network.args, importance=importance, pruning_ratio=0.5, **how
+            )
             pruner.step()
         result = model
     except Exception as error:
@@ -72,13 +71,15 @@ def warm_torch_pruning() -> None:
 
 
 def recipe(network: Network) -> Record:
-    """Layers to ignore, heads and rounding."""
+    """Layers to ignore, and how many heads layers have."""
     model = network.model
-    heads = {m.qkv: m.num_heads for m in attentions(model)}
-    found: Record = {"ignored_layers": ignored(network), "num_heads": heads}
-    if type(model).__module__ == "torchvision.models.vision_transformer":
-        found["round_to"] = model.encoder.layers[0].num_heads
-    return found
+    mha = {m: m.num_heads for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    return {
+        "ignored_layers": ignored(network),
+        "num_heads": {m.qkv: m.num_heads for m in attentions(model)},
+        "in_channel_groups": {},
+        "out_channel_groups": mha,
+    }
 
 
 def attentions(model: nn.Module) -> Iterator[Any]:
