@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fnmatch
+import gc
 import json
 import os
 import platform
 import resource
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 TRANSFORMERS = ("maxvit*", "mvit*", "swin*", "vit_*")
@@ -48,7 +53,8 @@ def torchvision_model(name: str, **options: Any) -> nn.Module:
     from torchvision import models
 
     torch.manual_seed(0)
-    if "fcn" in name or "deeplab" in name or "lraspp" in name:
+    home = models.get_model_builder(name).__module__
+    if ".segmentation." in home or ".detection." in home:
         options.setdefault("weights_backbone", None)
     if "googlenet" in name or "inception" in name:
         options.setdefault("init_weights", False)  # truncated normals take half a minute
@@ -57,9 +63,9 @@ def torchvision_model(name: str, **options: Any) -> nn.Module:
     return models.get_model(name, weights=None, **options).eval()
 
 
-def randomised(model: nn.Module, x: Tensor) -> nn.Module:
+def randomised(model: nn.Module, *args: Any) -> nn.Module:
     """The model with random scales and shifts of its normalisations, and running statistics near
-    those of `x`, so that its outputs depend on its inputs as a trained network's do."""
+    those of its inputs, so that its outputs depend on them as a trained network's do."""
     torch.manual_seed(1)
     norms = [m for m in model.modules() if isinstance(m, BATCH_NORM)]
     with torch.no_grad():
@@ -69,7 +75,7 @@ def randomised(model: nn.Module, x: Tensor) -> nn.Module:
         for norm in norms:
             norm.train()
             norm.momentum = 1.0
-        model(x)
+        model(*args)
         for norm in norms:
             norm.momentum = 0.1
             _blur(norm)
@@ -92,30 +98,65 @@ def _blur(norm: Any) -> None:
 # -- processes -------------------------------------------------------------------------------------
 
 
-def apart(module: str, *arguments: str, limit: float) -> dict[str, Any]:
+def apart(
+    module: str, *arguments: str, limit: float, memory: float = float("inf"), staged: bool = False
+) -> dict[str, Any]:
     """Run ``python -m module arguments`` in a process of its own; the JSON it prints last.
 
-    A process that fails, or takes longer than `limit` seconds, gives ``{"problem": why}``.
+    A process that fails, takes longer than `limit` seconds or holds more than `memory` bytes gives
+    ``{"problem": why, "ended": "code" | "time" | "memory"}``, over what it had printed by then.
+    With `staged`, each line of JSON it prints gives it `limit` seconds more.
     """
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     single = {**os.environ, "OMP_NUM_THREADS": "1"}
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=single,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"problem": f"took more than {limit:.0f} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        said = done.stderr.strip().splitlines() or ["it said nothing"]
-        return {"problem": f"ended with code {done.returncode}: {said[-1]}"}
-    return json.loads(lines[-1])
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, cwd=ROOT, env=single, stdout=out, stderr=err, text=True)
+        try:
+            ended = _watched(process, out, limit, memory, staged)
+        finally:
+            process.kill()
+            process.wait()
+        said = _last_json(out)
+        if not ended and process.returncode == 0 and said is not None:
+            return said
+        problem = {"time": f"took more than {limit:.0f} s", "memory": _held(memory)}.get(ended)
+        problem = problem or f"ended with code {process.returncode}: {_last_line(err)}"
+        return {**(said or {}), "problem": problem, "ended": ended or "code"}
+
+
+def _watched(
+    process: subprocess.Popen[str], out: IO[str], limit: float, memory: float, staged: bool
+) -> str:
+    """Wait for a process; "time" or "memory" where it broke a limit, else nothing."""
+    start, printed = time.monotonic(), 0
+    while process.poll() is None:
+        time.sleep(0.05)
+        size = os.fstat(out.fileno()).st_size
+        if staged and size > printed:
+            start, printed = time.monotonic(), size
+        if time.monotonic() - start > limit:
+            return "time"
+        if _status("VmHWM", process.pid) > memory:
+            return "memory"
+    return "memory" if process.returncode == -signal.SIGKILL else ""  # the system ran out of it
+
+
+def _held(memory: float) -> str:
+    return f"held more than {memory / 2**30:.1f} GiB"
+
+
+def _last_json(out: IO[str]) -> dict[str, Any] | None:
+    out.seek(0)
+    for line in reversed(out.read().splitlines()):
+        with contextlib.suppress(json.JSONDecodeError):
+            if isinstance(found := json.loads(line), dict):
+                return found
+    return None
+
+
+def _last_line(err: IO[str]) -> str:
+    err.seek(0)
+    return (err.read().strip().splitlines() or ["it said nothing"])[-1]
 
 
 def peak_memory() -> int:
@@ -128,6 +169,14 @@ def memory() -> int:
     return _status("VmRSS") or peak_memory()
 
 
+def settle_memory() -> None:
+    """Give back what is free, and forget the highest memory so far."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+    reset_peak()
+
+
 def reset_peak() -> None:
     """Forget the highest memory so far, where the system can (Linux)."""
     with contextlib.suppress(OSError):
@@ -138,9 +187,9 @@ def peak_since_reset() -> int:
     return _status("VmHWM") or peak_memory()
 
 
-def _status(key: str) -> int:
+def _status(key: str, process: int | str = "self") -> int:
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith(f"{key}:"):
                 return int(line.split()[1]) * 1024
     return 0
