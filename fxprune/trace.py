@@ -606,10 +606,11 @@ class _Tracer(TorchFunctionMode):
             return self._made(kind, (pairs,), {}, value)
         if isinstance(value, (tuple, list)):
             return [self.output_of(v) for v in value]
-        if inspect.isgenerator(value) or has_tensors(vars(value) if _is_object(value) else ()):
+        if inspect.isgenerator(value) or _holds_tensors(value, set()):
             raise TraceError(
                 f"forward returns a {type(value).__name__}, which cannot be looked into",
-                hint="return tensors in tuples, lists, dicts, named tuples or dataclasses",
+                hint="return tensors in tuples, lists, dicts, named tuples or dataclasses; a cache "
+                "of keys and values is not part of a graph: switch it off (use_cache=False)",
             )
         return value
 
@@ -630,6 +631,18 @@ def _custom_function(frame: types.FrameType) -> str:
     if not isinstance(first, torch.autograd.function.FunctionCtx):
         return ""
     return type(first).__name__.removesuffix("Backward")
+
+
+def _holds_tensors(value: Any, seen: set[int]) -> bool:
+    """Whether a tensor is in an object, or in what its attributes hold."""
+    if isinstance(value, torch.Tensor) or id(value) in seen:
+        return isinstance(value, torch.Tensor)
+    seen.add(id(value))
+    if isinstance(value, collections.abc.Mapping):
+        return any(_holds_tensors(each, seen) for each in value.values())
+    if isinstance(value, (tuple, list, set)):
+        return any(_holds_tensors(each, seen) for each in value)
+    return _is_object(value) and _holds_tensors(vars(value), seen)
 
 
 def _is_object(value: Any) -> bool:
