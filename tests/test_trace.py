@@ -464,6 +464,15 @@ def test_constants_made_in_forward():
     check(net(forward), picture())
 
 
+def test_single_constants_are_numbers_to_ops_that_want_numbers():
+    def forward(self, x):
+        y = self.a(x)
+        steps = [y.new_full((2, 1), step) for step in self.steps]
+        return torch.cat(steps) + y.mean() * self.steps[1] + torch.stack([self.steps[0], y.sum()])
+
+    check(net(forward, a=conv(), steps=torch.tensor([8.0, 16.0])), picture())
+
+
 def test_masks_of_constants_pick_known_positions():
     mask = torch.tensor([True, False, True])
     check(net(lambda self, x: x[:, self.mask] + x[:, ~self.mask], mask=mask), picture())
