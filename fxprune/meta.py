@@ -70,13 +70,17 @@ def _evaluate(func, args, kwargs, standin: Standin, meta: bool, real: set[int]):
         ):
             return device
         if isinstance(value, slice):
-            return slice(convert(value.start), convert(value.stop), convert(value.step))
+            return slice(*map(bound, (value.start, value.stop, value.step)))
         if isinstance(value, tuple):
             made = [convert(v) for v in value]
             return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
         if isinstance(value, list):
             return [convert(v) for v in value]
         return {key: convert(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    def bound(value):
+        constant = isinstance(value, torch.Tensor) and not value.is_meta
+        return standin(value, False, False) if constant else convert(value)
 
     if meta and name in ("cuda", "cpu", "numpy"):
         return convert(args[0]).detach()

@@ -391,6 +391,8 @@ class _Tracer(TorchFunctionMode):
         return found
 
     def record(self, func, name: str, args, kwargs, value: Any = NotImplemented):
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], _index(args[1]), *args[2:])
         versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
         owner = _custom_function(sys._getframe(2))
         if owner:
@@ -618,6 +620,13 @@ class _Tracer(TorchFunctionMode):
         node = self.create("call_function", cls, args, kwargs)
         node.meta["val"] = value
         return node
+
+
+def _index(given: Any) -> Any:
+    """A list that holds slices is a tuple to torch."""
+    parts = given if isinstance(given, list) else ()
+    plain = any(part is None or part is Ellipsis or isinstance(part, slice) for part in parts)
+    return tuple(parts) if plain else given
 
 
 def _autocast() -> tuple[bool, ...]:
