@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,16 @@ def evaluate(func, args, kwargs, standin: Standin, *, real: bool = False):
     """
     tensors = leaves((args, kwargs), torch.Tensor)
     meta = not real and any(t.is_meta for t in tensors)
+    scalars = {id(t) for t in tensors[1:] if meta and t.ndim == 0 and not t.is_meta}
+    if scalars:  # some ops take them as numbers, which they have to be then
+        with contextlib.suppress(RuntimeError):
+            return _evaluate(func, args, kwargs, standin, meta, scalars)
+    return _evaluate(func, args, kwargs, standin, meta, set())
+
+
+def _evaluate(func, args, kwargs, standin: Standin, meta: bool, real: set[int]):
+    """One call; the tensors whose ids are `real` stay what they are."""
+    first = next(iter(leaves((args, kwargs), torch.Tensor)), None)
     name = getattr(func, "__name__", "")
     changed = (not meta and in_place(name)) or name == "__setitem__"
     device = torch.device("meta" if meta else "cpu")
@@ -51,7 +62,7 @@ def evaluate(func, args, kwargs, standin: Standin, *, real: bool = False):
 
     def convert(value):
         if isinstance(value, torch.Tensor):
-            return standin(value, meta, changed and value is tensors[0])
+            return standin(value, meta and id(value) not in real, changed and value is first)
         if isinstance(value, Traced):
             return plain(value)
         if isinstance(value, torch.device) or (
@@ -59,13 +70,17 @@ def evaluate(func, args, kwargs, standin: Standin, *, real: bool = False):
         ):
             return device
         if isinstance(value, slice):
-            return slice(convert(value.start), convert(value.stop), convert(value.step))
+            return slice(*map(bound, (value.start, value.stop, value.step)))
         if isinstance(value, tuple):
             made = [convert(v) for v in value]
             return type(value)(*made) if hasattr(value, "_fields") else tuple(made)
         if isinstance(value, list):
             return [convert(v) for v in value]
         return {key: convert(v) for key, v in value.items()} if isinstance(value, dict) else value
+
+    def bound(value):
+        constant = isinstance(value, torch.Tensor) and not value.is_meta
+        return standin(value, False, False) if constant else convert(value)
 
     if meta and name in ("cuda", "cpu", "numpy"):
         return convert(args[0]).detach()

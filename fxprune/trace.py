@@ -391,6 +391,8 @@ class _Tracer(TorchFunctionMode):
         return found
 
     def record(self, func, name: str, args, kwargs, value: Any = NotImplemented):
+        if name in ("__getitem__", "__setitem__"):
+            args = (args[0], _index(args[1]), *args[2:])
         versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
         owner = _custom_function(sys._getframe(2))
         if owner:
@@ -606,10 +608,11 @@ class _Tracer(TorchFunctionMode):
             return self._made(kind, (pairs,), {}, value)
         if isinstance(value, (tuple, list)):
             return [self.output_of(v) for v in value]
-        if inspect.isgenerator(value) or has_tensors(vars(value) if _is_object(value) else ()):
+        if inspect.isgenerator(value) or _holds_tensors(value, set()):
             raise TraceError(
                 f"forward returns a {type(value).__name__}, which cannot be looked into",
-                hint="return tensors in tuples, lists, dicts, named tuples or dataclasses",
+                hint="return tensors in tuples, lists, dicts, named tuples or dataclasses; a cache "
+                "of keys and values is not part of a graph: switch it off (use_cache=False)",
             )
         return value
 
@@ -617,6 +620,13 @@ class _Tracer(TorchFunctionMode):
         node = self.create("call_function", cls, args, kwargs)
         node.meta["val"] = value
         return node
+
+
+def _index(given: Any) -> Any:
+    """A list that holds slices is a tuple to torch."""
+    parts = given if isinstance(given, list) else ()
+    plain = any(part is None or part is Ellipsis or isinstance(part, slice) for part in parts)
+    return tuple(parts) if plain else given
 
 
 def _autocast() -> tuple[bool, ...]:
@@ -630,6 +640,18 @@ def _custom_function(frame: types.FrameType) -> str:
     if not isinstance(first, torch.autograd.function.FunctionCtx):
         return ""
     return type(first).__name__.removesuffix("Backward")
+
+
+def _holds_tensors(value: Any, seen: set[int]) -> bool:
+    """Whether a tensor is in an object, or in what its attributes hold."""
+    if isinstance(value, torch.Tensor) or id(value) in seen:
+        return isinstance(value, torch.Tensor)
+    seen.add(id(value))
+    if isinstance(value, collections.abc.Mapping):
+        return any(_holds_tensors(each, seen) for each in value.values())
+    if isinstance(value, (tuple, list, set)):
+        return any(_holds_tensors(each, seen) for each in value)
+    return _is_object(value) and _holds_tensors(vars(value), seen)
 
 
 def _is_object(value: Any) -> bool:

@@ -146,11 +146,11 @@ class _Run:
         return random_like(self.inputs, dtype=dtype or own, device=self.device)
 
     def arguments(self, dtype: torch.dtype | None = None) -> list[Any]:
-        """The inputs in the order of the graph's placeholders."""
+        """The inputs in the order of the graph's placeholders, which is forward's."""
         real = self.real(dtype)
-        leaves = iter([*real.args, *real.kwargs.values()])
-        nodes = self.flow.graph.graph.nodes
-        return [next(leaves, n.meta["val"]) for n in nodes if n.op == "placeholder"]
+        nodes = [n for n in self.flow.graph.graph.nodes if n.op == "placeholder"]
+        named = [real.kwargs[n.target] for n in nodes[len(real.args) :]]
+        return [*real.args, *named]
 
     def model_is_random(self) -> bool:
         """Check that the traced graph is the model; true if the model differs from itself."""

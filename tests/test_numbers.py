@@ -217,7 +217,10 @@ def test_a_defaultdict_comes_back_as_a_dict():
     assert operator.itemgetter("y")(pruned(X))[0].shape == (2, 4, 8, 8)
 
 
-@pytest.mark.parametrize("wrapped", [lambda y: Box(y), lambda y: (t for t in (y,))])
+@pytest.mark.parametrize(
+    "wrapped",
+    [lambda y: Box(y), lambda y: (t for t in (y,)), lambda y: {"y": Box([Box({"y": y})])}],
+)
 def test_an_output_that_cannot_be_looked_into_is_named(wrapped):
     class Boxed(Net):
         def forward(self, x):

@@ -101,6 +101,13 @@ def split_literal(m, x):
     return m.o(m.b(p) + m.c(q))
 
 
+@structure(image(), half="a 4, b 3, c 3", a=conv(3, 8), b=conv(4, 6), c=conv(4, 6), o=conv(6, 2))
+def slices_by_tensors(m, x):
+    x = m.a(x)
+    cut = torch.tensor(x.shape, device=x.device)[1] // 2
+    return m.o(m.b(x[:, :cut]) + m.c(x[:, cut:]))
+
+
 @structure(image(), half="a 4, b 2", a=conv(3, 8), b=conv(4, 4), o=conv(4, 2))
 def chunk_gate(m, x):
     p, q = m.a(x).chunk(2, 1)

@@ -464,6 +464,26 @@ def test_constants_made_in_forward():
     check(net(forward), picture())
 
 
+def test_single_constants_are_numbers_to_ops_that_want_numbers():
+    def forward(self, x):
+        y = self.a(x)
+        steps = [y.new_full((2, 1), step) for step in self.steps]
+        return torch.cat(steps) + y.mean() * self.steps[1] + torch.stack([self.steps[0], y.sum()])
+
+    check(net(forward, a=conv(), steps=torch.tensor([8.0, 16.0])), picture())
+
+
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_a_list_of_slices_is_a_tuple():
+    def forward(self, x):
+        cut = self.cut[0]
+        return x[[slice(None), slice(0, cut), None]] + x[:, self.cut[1] :].mean()
+
+    graph = check(net(forward, cut=torch.tensor([2, 1])), picture())
+    indices = [n.args[1] for n in graph.graph.nodes if n.target is operator.getitem]
+    assert any(type(index) is tuple and len(index) == 3 for index in indices)
+
+
 def test_masks_of_constants_pick_known_positions():
     mask = torch.tensor([True, False, True])
     check(net(lambda self, x: x[:, self.mask] + x[:, ~self.mask], mask=mask), picture())

@@ -88,3 +88,18 @@ def test_fresh_torchvision_networks_that_fade(name):
     pruned = fxprune.prune(model, torch.rand(1, 3, 32, 32), rate=0.4)
     found = pruned.fxprune.report.verification
     assert "scaled up" in found.note and found.difference < 1e-9
+
+
+def test_keywords_in_another_order_than_forwards():
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return self.c(self.a(x) + self.b(y))
+
+    inputs = {"y": torch.rand(2, 4), "x": torch.rand(2, 3)}
+    pruned = fxprune.prune(Two(), inputs, rate=0.5)
+    assert pruned(**inputs).shape == (2, 2)
+    assert pruned.fxprune.report.verification.difference < 1e-12
