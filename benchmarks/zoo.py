@@ -32,7 +32,6 @@ from benchmarks.zoo_ours import Record, first_line, pruned_by_fxprune, warm_fxpr
 from benchmarks.zoo_peer import pruned_by_torch_pruning, warm_torch_pruning
 from benchmarks.zoo_reference import compared
 
-MODULE = "benchmarks.zoo"
 LISTS: dict[str, Callable[[], list[str]]] = {
     "torchvision": zoo_networks.torchvision_names,
     "timm-families": zoo_networks.timm_family_names,
@@ -80,6 +79,12 @@ def measure(name: str, tool: str, say: Callable[[Record], None], side: int = 0) 
                 record["verdict"] = "silently wrong"
     stage("done")
     return record
+
+
+def measured(name: str, tool: str) -> None:
+    """Measure one network, and print the record at every stage."""
+    torch.set_num_threads(1)
+    measure(name, tool, lambda record: print(json.dumps(record), flush=True))
 
 
 def described(network: Network) -> Record:
@@ -137,10 +142,8 @@ def shape_of(args: Any) -> str:
 def apart(name: str, tool: str, options: argparse.Namespace) -> Record:
     """The record of one network, measured in a process of its own."""
     start = time.monotonic()
-    found = common.apart(
-        MODULE, "--one", name, "--tool", tool,
-        limit=options.limit, memory=options.memory * 2**30, staged=True,
-    )  # fmt: skip
+    limits = {"limit": options.limit, "memory": options.memory * 2**30}
+    found = common.forked(measured, name, tool, **limits)
     record = {"name": name, "tool": tool, "verdict": "", "stage": "build", **found}
     problem, ended = record.pop("problem", ""), record.pop("ended", "")
     if problem:
@@ -241,13 +244,7 @@ def main() -> int:
                         help="measure those of this verdict again (a pattern)")  # fmt: skip
     parser.add_argument("--page", action="store_true", help="make the page and run nothing")
     parser.add_argument("--out", help="a Markdown file to write")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        torch.set_num_threads(1)
-        say = lambda record: print(json.dumps(record), flush=True)  # noqa: E731
-        measure(options.one, options.tool, say)
-        return 0
     log = Log(options.resume)
     if not options.page:
         options.list = options.list or ["torchvision"]
