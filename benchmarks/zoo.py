@@ -46,7 +46,13 @@ TOOLS = {
 # -- one network -----------------------------------------------------------------------------------
 
 
-def measure(name: str, tool: str, say: Callable[[Record], None], side: int = 0) -> Record:
+def measure(
+    name: str,
+    tool: str,
+    say: Callable[[Record], None],
+    side: int = 0,
+    shapes_above: float = float("inf"),
+) -> Record:
     """What `tool` makes of the network of this name. `say` gets the record at every stage."""
     record: Record = {"name": name, "tool": tool, "verdict": "", "why": ""}
 
@@ -58,7 +64,7 @@ def measure(name: str, tool: str, say: Callable[[Record], None], side: int = 0) 
     prune, warm = TOOLS[tool]
     warm()
     try:
-        network = zoo_networks.network(name, side)
+        network = zoo_networks.network(name, side, shapes_above)
         record |= described(network)
         shape = structure(network, network.model)
     except Exception as error:
@@ -73,7 +79,7 @@ def measure(name: str, tool: str, say: Callable[[Record], None], side: int = 0) 
         stage("run")
         record["verdict"], record["why"] = judged(network, pruned, shape, record)
         stage("check")
-        if record["verdict"] == "ok":
+        if record["verdict"] == "ok" and not network.on_meta:
             record["check"] = compared(network, original, pruned, kept)
             if record["check"]["verdict"] == "differs":
                 record["verdict"] = "silently wrong"
@@ -81,10 +87,11 @@ def measure(name: str, tool: str, say: Callable[[Record], None], side: int = 0) 
     return record
 
 
-def measured(name: str, tool: str) -> None:
+def measured(name: str, tool: str, shapes_above: float) -> None:
     """Measure one network, and print the record at every stage."""
     torch.set_num_threads(1)
-    measure(name, tool, lambda record: print(json.dumps(record), flush=True))
+    say = lambda record: print(json.dumps(record), flush=True)  # noqa: E731
+    measure(name, tool, say, shapes_above=shapes_above)
 
 
 def described(network: Network) -> Record:
@@ -92,6 +99,7 @@ def described(network: Network) -> Record:
         "family": network.family,
         "kind": network.kind,
         "input": shape_of(network.args),
+        "on_meta": network.on_meta,
         "params": [sum(p.numel() for p in network.model.parameters())] * 2,
         "attention": zoo_networks.attends(network.model, network.args),
     }
@@ -143,7 +151,7 @@ def apart(name: str, tool: str, options: argparse.Namespace) -> Record:
     """The record of one network, measured in a process of its own."""
     start = time.monotonic()
     limits = {"limit": options.limit, "memory": options.memory * 2**30}
-    found = common.forked(measured, name, tool, **limits)
+    found = common.forked(measured, name, tool, options.shapes_above * 1e6, **limits)
     record = {"name": name, "tool": tool, "verdict": "", "stage": "build", **found}
     problem, ended = record.pop("problem", ""), record.pop("ended", "")
     if problem:
@@ -239,6 +247,9 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes at once")
     parser.add_argument("--limit", type=float, default=300, help="seconds to prune a network")
     parser.add_argument("--memory", type=float, default=8, help="GiB a process may hold")
+    parser.add_argument("--shapes-above", type=float, default=float("inf"), metavar="MILLIONS",
+                        help="networks of timm with more parameters are built without weights, "
+                        "and verified by shapes alone")  # fmt: skip
     parser.add_argument("--resume", metavar="FILE.jsonl", help="results, old and new")
     parser.add_argument("--again", action="append", default=[], metavar="VERDICT",
                         help="measure those of this verdict again (a pattern)")  # fmt: skip

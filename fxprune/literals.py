@@ -250,15 +250,19 @@ def index(call: Call, context: Context) -> None:
             dim += rank - taken
             made.append(part)
             continue
-        width = _consumes(part)
+        width = 0 if _takes_all(part) else _consumes(part)
         mask = context.widths.along(context.source, dim) if width else None
         if width and mask is None:
             raise RewriteError(
                 call.node, f"channels spread over several dims are cut at %{call.node.name}"
             )
         made.append(part if mask is None or mask.all() else _part(call, context, part, dim, mask))
-        dim += width
+        dim += _consumes(part)
     call.args = (call.args[0], tuple(made) if isinstance(given, tuple) else made[0], *call.args[2:])
+
+
+def _takes_all(part: Any) -> bool:
+    return isinstance(part, slice) and part == slice(None)
 
 
 def _is_cut_itself(call: Call, context: Context, part: Any) -> bool:

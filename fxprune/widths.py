@@ -87,10 +87,9 @@ class Widths:
             mask = self.kept[layer.ids]
             if dim not in layer.varying or mask.all():
                 continue
-            if layer.varying == (dim,):
-                kept &= mask.reshape(-1)
-            elif torch.equal(mask.any(dim), mask.all(dim)):
-                continue  # whole runs along the dim go, and the rest keep all of it
+            own = mask.any(dim=_others(mask.ndim, dim))
+            if _is_grid(mask, dim, own):  # whatever else goes, the same indices along the dim do
+                kept &= own
             elif not mask.any(dim=_others(mask.ndim, dim)).all() or dim == layer.varying[-1]:
                 return None
         return kept
@@ -133,6 +132,12 @@ class Widths:
             mask = self.kept[ids]
             self._kept_rows[key] = None if mask.all() else _indices(mask)
         return self._kept_rows[key]
+
+
+def _is_grid(mask: Tensor, dim: int, own: Tensor) -> bool:
+    """Whether a mask is one along `dim` and one along all others together."""
+    shape = [-1 if d == dim else 1 for d in range(mask.ndim)]
+    return torch.equal(mask, mask.any(dim, keepdim=True) & own.view(shape))
 
 
 def _indices(mask: Tensor) -> Kept:
