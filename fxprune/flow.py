@@ -280,11 +280,17 @@ class _Run:
         return Value(shape, tuple(layers))
 
     def do_dims(self, node: fx.Node, use: Use) -> Any:
-        rule, bound = use.rule, self.bound(node, use)
+        bound = self.bound(node, use)
+        rule = use.rule.standing(self._attributes(node, bound)) if use.rule.still else use.rule
+        use = replace(use, rule=rule)
         values = [self.operand(node, bound, name) for name in rule.operands]
         known = {*rule.operands, *rule.ignores}
         self._freeze_unnamed(node, {name: bound[name] for name in bound if name not in known})
         return self.run_letters(node, use, rule.pattern, values, bound)
+
+    def _attributes(self, node: fx.Node, bound: dict[str, Any]) -> dict[str, Any]:
+        """What a call's arguments are, or a module's attributes."""
+        return vars(self.modules[node.target]) if node.op == "call_module" else bound
 
     def _freeze_unnamed(self, node: fx.Node, rest: dict[str, Any]) -> None:
         """Channels in an argument the rule says nothing about stay."""
@@ -426,9 +432,14 @@ class _Run:
                 if k is None:
                     merged.append(layer)
                     owners.append({i})
+                    continue
+                reach = set().union(*(real[j] for j in owners[k])), real[i]
+                owners[k].add(i)
+                if _crossed(merged[k], layer):
+                    passed = self._passed_beside(node, merged[k], layer, reach)
+                    merged[k : k + 1] = passed
+                    owners[k : k + 1] = [set(owners[k]) for _ in passed]
                 else:
-                    reach = set().union(*(real[j] for j in owners[k])), real[i]
-                    owners[k].add(i)
                     merged[k] = self._tied_pair(node, merged[k], layer, reach)
         plain = [
             set().union(*(dims for i, dims in enumerate(real) if i not in mine)) & set(la.varying)
@@ -455,6 +466,15 @@ class _Run:
             self.ids.tie(node, narrow.ids, wide.ids)
         return wide if len(wide.varying) > len(narrow.varying) else a
 
+    def _passed_beside(
+        self, node: fx.Node, a: Layer, b: Layer, reach: tuple[set[int], set[int]]
+    ) -> list[Layer]:
+        """Layers that share rows and have columns of their own: those not frozen by the other."""
+        shared = set(a.varying) & set(b.varying)
+        self._row_tie(node, a, shared, b)
+        met = (a, (set(a.varying) - shared) & reach[1]), (b, (set(b.varying) - shared) & reach[0])
+        return [la for la, dims in met if not dims or self._passes_plain(node, la, dims)]
+
     def _passes_plain(self, node: fx.Node, layer: Layer, dims: set[int]) -> bool:
         """Meet something without channels along `dims`: rows stay, whole layers are frozen."""
         if _by_rows(dims, layer):
@@ -471,7 +491,7 @@ class _Run:
         order = [*sorted(dims), *(d for d in range(wide.ids.ndim) if d not in dims)]
         rows = math.prod(wide.ids.shape[d] for d in dims)
         ids = wide.ids.permute(order).reshape(rows, -1)
-        other = None if narrow is None else narrow.ids.permute(order).reshape(-1)
+        other = None if narrow is None else narrow.ids.permute(order).reshape(rows, -1)
         self.ids.rows.append(RowTie(node, ids, other))
 
     def _by_columns(self, dims: set[int], wide: Layer) -> bool:
@@ -668,11 +688,22 @@ class _Run:
                 return self.freeze_all(node, "could not be run on channel ids")
             for i, ids in enumerate(found):
                 per_output[i].append(self._moved(node, layer, ids))
+        if use.rule.spreads:
+            per_output[0] += self._spread(value.shape, tuple(outputs[0].shape))
         made = [
             self.made(tuple(t.shape), ls, value.weight)
             for t, ls in zip(outputs, per_output, strict=True)
         ]
         return made if isinstance(node.meta["val"], (tuple, list)) else made[0]
+
+    def _spread(self, old: tuple[int, ...], new: tuple[int, ...]) -> list[Layer]:
+        """Channels along dims in which one element became many: they go as what they meet does."""
+        shift, layers = len(new) - len(old), []
+        for d, size in enumerate(new):
+            if size > 1 and (d < shift or old[d - shift] == 1):
+                dims = [size if i == d else 1 for i in range(len(new))]
+                layers.append(Layer(self.ids.fresh(size).view(dims), False))
+        return layers
 
     def _moved(self, node: fx.Node, layer: Layer, ids: Tensor) -> Layer:
         moved = Layer(ids, layer.zero, layer.origin)
@@ -700,17 +731,25 @@ class _Run:
         if _by_elements(index, target):
             return self._assign_where(node, use, target)
         source = self.opened(given) if isinstance(given, Value) else Value(())
-        met = []
-        for layer in target.layers:
-            part = layer.ids.expand(target.shape)[index]
-            if len(layer.varying) > 1 or len(torch.unique(part)) != layer.ids.numel():
-                self.ids.freeze(node, layer.ids, f"is assigned to in part at %{node.name}")
-            else:
-                met.append(Layer(compress(part, range(part.ndim)), layer.zero))
+        met = [part for la in target.layers if (part := self._assigned(node, la, target, index))]
         shape = tuple(torch.empty(target.shape, device="meta")[index].shape)
         self.meet(node, [Value(shape, tuple(met)), source], shape, use)
         changed = tuple(Layer(la.ids, False, la.origin) for la in target.layers)
         self.result.values[node.args[0]] = Value(target.shape, changed, weight=target.weight)
+
+    def _assigned(self, node: fx.Node, layer: Layer, target: Value, index: Any) -> Layer | None:
+        """The channels of a layer that are assigned to: all of them, or some that lie along one
+        dim, each once. Others are frozen."""
+        part = layer.ids.expand(target.shape)[index]
+        ids = compress(part, range(part.ndim))
+        found = torch.unique(part)
+        if len(layer.varying) == 1 and ids.numel() == len(found) > 1:
+            if len(found) < layer.ids.numel():
+                self.ids.pieces.append(found)
+            return Layer(ids, layer.zero)
+        some = layer.ids if len(layer.varying) > 1 else found
+        self.ids.freeze(node, some, f"is assigned to in part at %{node.name}")
+        return None
 
     def _assign_where(self, node: fx.Node, use: Use, target: Value) -> None:
         """``target[mask] = number`` by a computed mask, which shares the channels of what it cuts.
@@ -851,6 +890,12 @@ def _real(value: Value, rank: int) -> set[int]:
 def _by_rows(dims: set[int], wide: Layer) -> bool:
     """Whether `dims` are some of the layer's, and not the one along which channels go."""
     return dims < set(wide.varying) and wide.varying[-1] not in dims
+
+
+def _crossed(a: Layer, b: Layer) -> bool:
+    """Whether two layers share rows, and each has columns along dims of its own."""
+    shared = set(a.varying) & set(b.varying)
+    return _by_rows(shared, a) and _by_rows(shared, b)
 
 
 def _map_nodes(arg: Any, fn: Callable[[fx.Node], Any]) -> Any:

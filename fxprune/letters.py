@@ -358,13 +358,22 @@ def _bind_params(call: _Call, layers: list[Named]) -> list[Named]:
             shared = set(named.letters) & call.real(i)
             if not shared or not contracted <= call.real(i):
                 continue
-            role: Role = "in" if contracted else "through"
+            role: Role = "in" if contracted else _role(call, shared)
             if call.heads != "dims" and len(shared) < len(named.letters):
                 _bind_columns(call, i, named, role)
                 continue
             layers[k] = named = _along(call, named, set(named.letters) - call.real(i))
             _bind(call, i, named, role)
     return layers
+
+
+def _role(call: _Call, letters: set[str]) -> Role:
+    """What only an added operand brings, as a computed bias does, the weight makes."""
+    added = {i for i, name in enumerate(call.rule.operands) if name in call.rule.adds}
+    data = [i for i in range(len(call.values)) if not call.is_raw(i) and call.values[i] is not None]
+    if set(data) <= added or any(letters & call.real(i) for i in data if i not in added):
+        return "through"
+    return "out"
 
 
 def _bind(call: _Call, i: int, named: Named, role: Role) -> None:
@@ -492,13 +501,17 @@ def _on_output(call: _Call, named: Named) -> Tensor:
 
 
 def new_size(letter: str, layers: Iterable[Named], kept: Tensor, old: int) -> int:
-    """A letter's size once only ids in the mask `kept` are left."""
-    for named in layers:
-        if letter in named.letters:
-            mask = kept[named.ids]
-            axis = named.letters.index(letter)
-            if axis == len(named.letters) - 1 and axis > 0:
-                return int(mask.sum(-1).max())
-            others = [a for a in range(mask.ndim) if a != axis]
-            return int((mask.any(dim=tuple(others)) if others else mask).sum())
-    return old
+    """A letter's size once only ids in the mask `kept` are left, of all layers over it."""
+    over = [named for named in layers if letter in named.letters]
+    if not over:
+        return old
+    widest = max(over, key=lambda named: len(named.letters))
+    mask = kept[widest.ids]
+    for named in over:
+        if named is not widest and set(named.letters) <= set(widest.letters):
+            mask = mask & kept[named.over(widest.letters)]
+    axis = widest.letters.index(letter)
+    if axis == len(widest.letters) - 1 and axis > 0:
+        return int(mask.sum(-1).max())
+    others = [a for a in range(mask.ndim) if a != axis]
+    return int((mask.any(dim=tuple(others)) if others else mask).sum())

@@ -239,7 +239,7 @@ def narrowed(model: nn.Module, kept: Mapping[str, Mapping[int, Any]]) -> nn.Modu
     for module in made.modules():
         if isinstance(module, nn.LayerNorm):
             module.normalized_shape = tuple(module.weight.shape)
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == module.in_channels > 1:
             module.groups = module.weight.shape[0] // (module.out_channels // module.in_channels)
     return made
 
@@ -279,7 +279,7 @@ def assert_slices(
     """Every tensor of `pruned` is the slice of the original's that `kept` names."""
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, new in {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}.items():
-        if name not in old:  # constants of the graph
+        if name not in old or name.startswith("_gather_"):  # constants of the graph
             continue
         dims = kept.get(name, {})
         whole = old[name]
@@ -290,6 +290,18 @@ def assert_slices(
             assert torch.equal(whole, new), name
         else:
             assert new.shape[0] == len(dims.get(0, range(whole.shape[0]))), name
+
+
+def assert_attributes(pruned: nn.Module) -> None:
+    """Every linear layer and convolution says of itself what its weight is."""
+    for name, module in pruned.named_modules():
+        if isinstance(module, nn.Linear):
+            said: tuple = (module.out_features, module.in_features)
+        elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            said = (module.out_channels, module.in_channels // module.groups)
+        else:
+            continue
+        assert said == module.weight.shape[:2], name
 
 
 def assert_exact(
@@ -317,6 +329,7 @@ def assert_exact(
             "dropped nothing that counts"
         )
     assert_slices(model, pruned, plan.kept)
+    assert_attributes(pruned)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(
         torch.equal(v, after[k]) for k, v in before.items()
@@ -438,9 +451,10 @@ def unfold_attention(m, x):
 
 @odd(
     image(), a=conv(3, 8), r=conv(8, 6, 1), s=conv(6, 2 * 9, 1), o=conv(8, 2, 1),
-    half="a 4, r 3, s 9",
+    half="a 4, r 3, s 18", frozen="meets a constant",
 )
 def involution(m, x):
+    """Channels go evenly from both blocks; what the kernels hold for positions stays."""
     x = m.a(x)
     n, c, h, w = x.shape
     kernel = m.s(F.relu(m.r(x))).view(n, 2, 9, h, w).unsqueeze(2)
@@ -1903,7 +1917,7 @@ def partial_residual(m, x):
 
 @odd(
     image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 12), o=conv(12, 2),
-    frozen="is assigned to in part", half="s 3",
+    half="s 3, a 4, b 6",
 )
 def partial_residual_in_place(m, x):
     x = m.a(m.s(x))
@@ -2505,3 +2519,114 @@ def mask_of_the_input_set(m, x):
     y = m.a(m.s(x))
     y[x > 0] = 0
     return m.o(y)
+
+
+@odd(image(), a=conv(3, 8), b=conv(4, 4), o=conv(8, 2), half="a 4, b 2")
+def first_channels_assigned(m, x):
+    x = m.a(x).clone()
+    x[:, :4] = m.b(x[:, :4].clone())
+    return m.o(x)
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 4), o=conv(8, 2), half="a 4, b 2")
+def every_other_channel_assigned(m, x):
+    y = m.a(x).permute(0, 2, 3, 1).contiguous()
+    y[..., ::2] = m.b(x).permute(0, 2, 3, 1)
+    return m.o(y.permute(0, 3, 1, 2))
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 4), o=conv(8, 2), half="a 4, b 2")
+def listed_channels_assigned(m, x):
+    y = m.a(x).clone()
+    y[:, [5, 1, 2, 7]] = m.b(x)
+    return m.o(y)
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), half="a 5", frozen="is assigned to in part")
+def single_channels_assigned(m, x):
+    y = m.a(x).clone()
+    y[:, 2] = 0.3
+    y[:, 4:5] = 1
+    return m.o(y)
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), half="a 6", frozen="meets a constant")
+def numbers_and_inputs_assigned(m, x):
+    y = m.a(x).clone()
+    y[:, 2:5] = 0.3
+    y[:, :3, 2:] = x[:, :, 2:]
+    return m.o(y)
+
+
+@odd(tensor(4, 3, 8, 8), a=conv(3, 8), o=conv(8, 2), half="a 4")
+def shifted_in_time(m, x):
+    y = m.a(x).view(2, 2, 8, 8, 8)
+    out = torch.zeros_like(y)
+    out[:, :-1, :2] = y[:, 1:, :2]
+    out[:, 1:, 2:4] = y[:, :-1, 2:4]
+    out[:, :, 4:] = y[:, :, 4:]
+    return m.o(out.view(4, 8, 8, 8))
+
+
+# rows of blocks that have columns of their own
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 6), o=conv(24, 2), half="a 4, b 4")
+def blocks_multiplied_out(m, x):
+    a, b = m.a(x).view(2, 2, 4, 1, 8, 8), m.b(x).view(2, 2, 1, 3, 8, 8)
+    return m.o((a * b).view(2, 24, 8, 8))
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 6), o=conv(8, 2), half="a 4, b 6", frozen="whole rows")
+def blocks_multiplied_and_summed(m, x):
+    a, b = m.a(x).view(2, 2, 4, 1, 8, 8), m.b(x).view(2, 2, 1, 3, 8, 8)
+    return m.o((a * b).sum(3).view(2, 8, 8, 8))
+
+
+# one element that becomes many
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), f=torch.rand(1, 1, 3, 3), half="a 4")
+def one_filter_for_all(m, x):
+    x = m.a(x)
+    c = x.shape[1]
+    x = F.conv2d(x, m.f.expand(c, -1, -1, -1), padding=1, groups=c)
+    return m.o(F.conv2d(x, m.f.repeat(8, 1, 1, 1), padding=1, groups=c))
+
+
+@odd(image(), a=conv(3, 8), s=conv(8, 1), o=conv(8, 2), half="a 4")
+def gate_repeated(m, x):
+    x = m.a(x)
+    gate = m.s(x).sigmoid()
+    gated = x * gate.repeat(1, 8, 1, 1) + x * gate.expand(-1, 8, -1, -1)
+    return m.o(gated + torch.tile(gate, (8, 1, 1)))
+
+
+@odd(image(), a=conv(3, 8), w=par(6, 8, 3, 3), o=conv(6, 2), half="a 4, w 3")
+def bias_of_zeros(m, x):
+    return m.o(F.conv2d(m.a(x), m.w, torch.zeros(6, dtype=x.dtype), padding=1))
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), t=nn.Conv1d(6, 6, 1), o=nn.Linear(8, 2), half="a 4, t 6")
+def tokens_as_channels(m, x):
+    """A kernel of one element leaves the channels that lie behind alone."""
+    x = m.a(x)
+    return m.o(x + m.t(x))
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def added_at_positions(m, x):
+    x = m.a(x)
+    out = x.new_zeros(2, 4, x.shape[-1])
+    out.index_add_(1, torch.tensor([0, 1, 1, 3, 2, 0]), x)
+    return m.o(out)
+
+
+@odd(
+    tensor(2, 3), a=nn.Linear(3, 4), w=par(1, 3, 4, 5), b=nn.Linear(15, 2), o=nn.Linear(2, 2),
+    half="b 1",
+)
+def width_of_several_layers(m, x):
+    """Rows that stay and columns that go are one dim: `in_features` follows the columns."""
+    x = (m.a(x)[:, None, None, :] @ m.w).squeeze(2)
+    return m.o(m.b((x + x.softmax(1)).flatten(1)))
