@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import einsum, letters, movement
+from . import einsum, letters, movement, recurrent
 from . import scatter as scattering
 from .errors import RuleError
 from .heads import Heads
@@ -298,6 +298,26 @@ class _Run:
             for leaf in leaves(self.of(arg), Value):
                 for layer in self.opened(leaf).layers:
                     self.ids.freeze(node, layer.ids, f"is `{name}` of {self.title(node)}")
+
+    def do_recurrent(self, node: fx.Node, use: Use) -> Any:
+        weights = recurrent.weights(self.modules[node.target])
+        bound = use.bound(node.args, node.kwargs)
+        source = self.of(bound.get("input"))
+        if not weights.all_own() or not isinstance(source, Value):
+            return self.freeze_all(node, "has computed weights, or steps of several lengths")
+        call = recurrent.Recurrence(self.ids, node, weights, lambda name: self._own(node, name))
+        hidden, given = call.units()
+        read = call.reads(self.opened(source))
+        states = [self.opened(v) for v in leaves(self.of(bound.get("hx")), Value)]
+        zero = [call.starts(u, s) for u, s in zip((given, hidden), states, strict=False)]
+        self.result.uses[node] = call.used(use.rule, read, hidden, given)
+        tensors = leaves(node.meta["val"], Tensor)
+        made = recurrent.results(weights, tensors, hidden, given, all(zero))
+        return mapped(lambda _: next(made), node.meta["val"])
+
+    def _own(self, node: fx.Node, name: str) -> str:
+        """The full name of a module's parameter."""
+        return self.aliases.get(f"{node.target}.{name}", f"{node.target}.{name}")
 
     def do_einsum(self, node: fx.Node, use: Use) -> Any:
         bound = use.bound(node.args, node.kwargs)

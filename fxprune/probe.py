@@ -324,8 +324,8 @@ class _Prober:
 
     def check_dependence(self, trial: Trial, outputs: list[Tensor]) -> None:
         """Changing a slice changes what carries its channel, and nothing else."""
-        if self.rule.additive:
-            return  # what changes in one place changes the length, but zeros do not
+        if self.rule.additive or self.rule.kind == "recurrent":
+            return  # a length changes with each of its terms, and the next step with each state
         dead = unread(trial, outputs)
         for part in trial.parts():
             message = ""

@@ -66,7 +66,7 @@ class Rule(BaseModel):
     """One entry of a rule file.
 
     ``kind``     what the op does to channels: pointwise, dims, reduce, reshape, move, cat, pad,
-                 fill (makes a uniform tensor), plain (its result carries no channels)
+                 fill (makes a uniform tensor), recurrent, plain (its result carries no channels)
     ``dims``     the letters of each operand and of the output (kind dims)
     ``zero``     whether zeros in give zeros out: keeps, any (one zero operand is enough), no
     ``sizes``    attributes or arguments that hold letters' sizes: read, and rewritten
@@ -110,6 +110,7 @@ class Rule(BaseModel):
         "pad",
         "fill",
         "assign",
+        "recurrent",
         "plain",
     ]
     words: tuple[str, ...] = ()

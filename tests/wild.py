@@ -1673,7 +1673,11 @@ class CRNN(nn.Module):
         return self.rnn(conv.squeeze(2).permute(2, 0, 1))
 
 
-@wild(tensor(2, 1, 8, 16), stays=6, half="cnn.0 3, cnn.3 4, cnn.7 5, rnn.0.embedding 4")
+@wild(
+    tensor(2, 1, 8, 16),
+    stays=6,
+    half="cnn.0 3, cnn.3 4, cnn.7 5, rnn.0.embedding 4, rnn.1.rnn.weight_hh_l0_reverse 12",
+)
 def crnn():
     return CRNN()
 
@@ -2223,18 +2227,6 @@ class CoordAtt(nn.Module):
         y = self.act(self.bn1(self.conv1(torch.cat([x_h, x_w], dim=2))))
         x_h, x_w = torch.split(y, [h, w], dim=2)
         return x * self.conv_w(x_w.permute(0, 1, 3, 2)).sigmoid() * self.conv_h(x_h).sigmoid()
-
-
-class TripletGate(nn.Module):
-    """Attention over pairs of dims by rotating the tensor; here over space alone."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = linear(2, 1, 3)
-
-    def forward(self, x):
-        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], 1)
-        return x * self.conv(pooled).sigmoid()
 
 
 class SEBlock(nn.Module):

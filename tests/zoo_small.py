@@ -2630,3 +2630,108 @@ def width_of_several_layers(m, x):
     """Rows that stay and columns that go are one dim: `in_features` follows the columns."""
     x = (m.a(x)[:, None, None, :] @ m.w).squeeze(2)
     return m.o(m.b((x + x.softmax(1)).flatten(1)))
+
+
+# units of recurrent layers
+
+
+@odd(tensor(2, 7, 3), a=nn.Linear(3, 8), r=nn.LSTM(8, 6), o=nn.Linear(6, 2),
+     half="a 4, r.weight_ih_l0 12, r.weight_hh_l0 12, r.bias_ih_l0 12")
+def lstm_units(m, x):
+    return m.o(m.r(m.a(x))[0])
+
+
+@odd(tensor(2, 7, 3), a=nn.Linear(3, 8), o=nn.Linear(12, 2), half="a 4, r.weight_ih_l1_reverse 9",
+     r=nn.GRU(8, 6, num_layers=2, bidirectional=True, batch_first=True))
+def stacked_both_ways(m, x):
+    """Equally many units of each layer and direction, of other places."""
+    y, _ = m.r(m.a(x))
+    return m.o(torch.cat([y[:, -1, :6], y[:, 0, 6:]], 1))
+
+
+@odd(tensor(2, 7, 3), r=nn.LSTM(3, 6, 2, bidirectional=True), o=nn.Linear(24, 2), c=nn.Linear(6, 2),
+     half="r.weight_ih_l0 12, r.weight_hh_l1_reverse 12")
+def last_states(m, x):
+    _, (h, c) = m.r(x)
+    h = h.permute(1, 0, 2).flatten(1)
+    return m.o(h), m.c(c[-1])
+
+
+@odd(tensor(2, 7, 3), r=nn.LSTM(3, 8, proj_size=6, num_layers=2), o=nn.Linear(6, 2),
+     half="r.weight_ih_l0 16, r.weight_hr_l0 3, r.weight_hh_l1 16")
+def projected_units(m, x):
+    return m.o(m.r(x)[0])
+
+
+@odd(tensor(2, 7, 3), r=nn.GRU(3, 6), s=nn.GRU(6, 6), o=nn.Linear(6, 2),
+     half="r.weight_ih_l0 9, s.weight_hh_l0 9")
+def encoder_and_decoder(m, x):
+    y, h = m.r(x)
+    return m.o(m.s(y, h)[0])
+
+
+@odd(tensor(2, 7, 3), i=nn.Linear(3, 6), r=nn.GRU(3, 6), o=nn.Linear(6, 2),
+     half="i 3, r.weight_hh_l0 9")
+def computed_start(m, x):
+    return m.o(m.r(x, m.i(x.mean(0)).unsqueeze(0))[0])
+
+
+@odd(tensor(2, 7, 3), r=nn.LSTM(3, 6, batch_first=True), o=nn.Linear(6, 2),
+     half="r.weight_ih_l0 12")
+def start_of_zeros(m, x):
+    h = torch.zeros(1, x.size(0), 6, dtype=x.dtype)
+    c = torch.zeros(1, x.size(0), m.r.hidden_size, dtype=x.dtype)
+    return m.o(m.r(x, (h, c))[0][:, -1])
+
+
+@odd(tensor(2, 7, 3), tensor(1, 7, 6), a=nn.Linear(3, 8), r=nn.GRU(8, 6), o=nn.Linear(6, 2),
+     half="a 4, r.weight_ih_l0 18", frozen="starts from a state without channels")
+def start_from_the_input(m, x, h):
+    return m.o(m.r(m.a(x), h)[0])
+
+
+@odd(tensor(2, 7, 3), r=nn.GRU(3, 6), h=par(1, 1, 6), o=nn.Linear(6, 2), half="r.weight_ih_l0 9")
+def learned_start(m, x):
+    return m.o(m.r(x, m.h.expand(-1, x.shape[1], -1).contiguous())[0])
+
+
+@odd(tensor(2, 3, 4), a=nn.Linear(4, 8), r=nn.LSTMCell(8, 6), o=nn.Linear(6, 2),
+     half="a 4, r.weight_hh 12")
+def cell_in_a_loop(m, x):
+    x = m.a(x)
+    h = c = x.new_zeros(x.size(0), 6)
+    for t in range(x.size(1)):
+        h, c = m.r(x[:, t], (h, c))
+    return m.o(h)
+
+
+@odd(tensor(2, 7, 3), r=nn.RNN(3, 6, nonlinearity="relu", bias=False), o=nn.Linear(6, 2),
+     half="r.weight_hh_l0 3")
+def units_added(m, x):
+    y, h = m.r(x)
+    return m.o(y + h)
+
+
+@odd(tensor(5, 7, 3), a=nn.Linear(3, 8), r=nn.GRU(8, 8), o=nn.Linear(8, 2),
+     half="a 4, r.weight_ih_l0 12")
+def one_recurrent_layer_twice(m, x):
+    x = m.a(x)
+    x = x + m.r(x)[0]
+    return m.o(x + m.r(x)[0])
+
+
+@odd(tensor(2, 7, 3), r=nn.LSTM(3, 6, bidirectional=True), k=nn.Linear(6, 4),
+     half="r.weight_ih_l0 12, r.weight_ih_l0_reverse 12",
+     o=nn.Linear(4, 2))
+def ways_summed(m, x):
+    """Both directions must keep the same units."""
+    y, _ = m.r(x)
+    t, n, _ = y.shape
+    return m.o(m.k(y.view(t, n, 2, 6).sum(2)))
+
+
+@odd(tensor(2, 7, 3), a=nn.Linear(3, 8), r=nn.LSTM(8, 6), o=nn.Linear(6, 2),
+     half="a 4, r.weight_ih_l0 24", frozen="the network's output")
+def state_given_out(m, x):
+    y, (h, _) = m.r(m.a(x))
+    return m.o(y), h
