@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import einsum, letters, movement, recurrent
+from . import einsum, letters, movement, positions, recurrent
 from . import scatter as scattering
 from .errors import RuleError
 from .heads import Heads
@@ -689,7 +689,7 @@ class _Run:
     def execute(self, node: fx.Node, ids: Tensor) -> Any:
         if node.op == "call_module":
             return self.modules[node.target](ids)
-        args, kwargs = self.concrete(node.args[1:]), self.concrete(dict(node.kwargs))
+        args, kwargs = positions.standins(self.concrete((node.args[1:], dict(node.kwargs))))
         if node.op == "call_method":
             return getattr(ids, node.target)(*args, **kwargs)
         return node.target(ids, *args, **kwargs)
@@ -698,11 +698,15 @@ class _Run:
         if node.args and not isinstance(self.result.values.get(node.args[0]), Value):
             return NotImplemented
         value = self.first(node)
-        if any(t.is_meta for t in leaves(self.concrete(node.args[1:]), Tensor)):
+        picked = self._picked_dims(node, use, len(value.shape))
+        if picked is None:
             return self.freeze_all(node, "picks elements by computed positions")
         outputs = leaves(node.meta["val"], Tensor)
         per_output: list[list[Layer]] = [[] for _ in outputs]
         for layer in value.layers:
+            if picked & set(layer.varying):
+                self.ids.freeze(node, layer.ids, f"is picked by computed positions at %{node.name}")
+                continue
             found = self.rerun(node, layer.ids, value.shape)
             if found is None:
                 return self.freeze_all(node, "could not be run on channel ids")
@@ -715,6 +719,17 @@ class _Run:
             for t, ls in zip(outputs, per_output, strict=True)
         ]
         return made if isinstance(node.meta["val"], (tuple, list)) else made[0]
+
+    def _picked_dims(self, node: fx.Node, use: Use, rank: int) -> set[int] | None:
+        """Dims along which positions pick that the graph computes; None where that is not known."""
+        bound = use.bound(node.args, node.kwargs)
+        rest = {name: self.concrete(arg) for name, arg in bound.items() if arg is not node.args[0]}
+        if not positions.are_computed(rest):
+            return set()
+        self._freeze_unnamed(node, {k: v for k, v in bound.items() if v is not node.args[0]})
+        if isinstance(rest.get("dim"), int):
+            return {rest["dim"] % rank}
+        return positions.picked_dims(rest["index"], rank) if "index" in rest else None
 
     def _spread(self, old: tuple[int, ...], new: tuple[int, ...]) -> list[Layer]:
         """Channels along dims in which one element became many: they go as what they meet does."""
@@ -750,6 +765,7 @@ class _Run:
         index = self.concrete(node.args[1])
         if _by_elements(index, target):
             return self._assign_where(node, use, target)
+        index = positions.standins(index)
         source = self.opened(given) if isinstance(given, Value) else Value(())
         met = [part for la in target.layers if (part := self._assigned(node, la, target, index))]
         shape = tuple(torch.empty(target.shape, device="meta")[index].shape)
@@ -881,7 +897,8 @@ getitem, setitem = operator.getitem, operator.setitem
 def _by_elements(index: Any, target: Value) -> bool:
     """Whether an index is computed, or a mask over several dims with channels along one of them."""
     tensors = leaves(index, Tensor)
-    if any(t.is_meta for t in tensors):
+    picked = positions.picked_dims(index, len(target.shape))
+    if picked is None or any(picked & set(layer.varying) for layer in target.layers):
         return True
     flags = (torch.bool, torch.uint8)
     masked = max((t.ndim for t in tensors if t.dtype in flags), default=0)

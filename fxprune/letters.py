@@ -192,10 +192,15 @@ def _without_windows(call: _Call, i: int, layers: list[Named]) -> list[Named]:
 
 
 def _can_be_wide(call: _Call, i: int, named: Named) -> bool:
-    """Whether zeros may be laid out where channels went, and the op be run over all places."""
+    """Whether zeros may be laid out where channels went, and the op be run over all places.
+
+    Not in computed kernels, which make channels of their own: their places are no channels.
+    """
     value, dims = call.values[i], call.binding.inputs[i] or ()
     single = isinstance(call.node.meta["val"], Tensor)
-    data = value is not None and not value.weight
+    others = {letter for j in range(len(call.values)) if j != i for letter in call.real(j)}
+    kernel = i > 0 and bool(call.real(i) & call.out - others)
+    data = value is not None and not value.weight and not kernel
     return single and data and named.zero and named.letters in dims
 
 
@@ -294,7 +299,7 @@ def _row_tie(call: _Call, wide: Named, narrow: Named) -> None:
     rows = narrow.letters
     rest = [letter for letter in wide.letters if letter not in rows]
     ids = wide.over([*rows, *rest]).reshape(narrow.ids.numel(), -1)
-    call.ids.rows.append(RowTie(call.node, ids, narrow.ids.reshape(-1)))
+    call.ids.rows.append(RowTie(call.node, ids, narrow.ids.reshape(-1, 1)))
 
 
 def _tie(call: _Call, a: Named, b: Named) -> None:

@@ -291,7 +291,23 @@ def _at_positions(call: Call, context: Context, parts: list[Any]) -> list[Any]:
     at = dim
     if Ellipsis in parts and parts.index(Ellipsis) < dim:
         at = dim - len(context.source.shape) + len(parts)
-    return [rank[positions].tolist() if i == at else part for i, part in enumerate(parts)]
+    places = rank[positions].tolist()
+    return [_places(call, context, places) if i == at else part for i, part in enumerate(parts)]
+
+
+def _places(call: Call, context: Context, places: list[int]) -> Any:
+    """Positions to assign to: a slice where they are evenly spaced, as it casts what it gets."""
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if step > 0 and places == list(range(places[0], places[-1] + 1, step)):
+        return slice(places[0], places[-1] + 1, step)
+    types = {t.dtype for t in map(context.concrete, (call.args[0], call.args[2])) if _has_type(t)}
+    if len(types) > 1:
+        raise RewriteError(call.node, f"what is assigned at %{call.node.name} has another dtype")
+    return places
+
+
+def _has_type(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _is_cut_itself(call: Call, context: Context, part: Any) -> bool:

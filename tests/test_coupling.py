@@ -516,7 +516,7 @@ def conv3d_excursion(m, x):
     return pooled(m, m.a(x.unsqueeze(2)).squeeze(2))
 
 
-@case(8, a=conv(3, 8), r=nn.LSTM(8, 6, batch_first=True), fc=fc(6))
+@case(8 + 6, a=conv(3, 8), r=nn.LSTM(8, 6, batch_first=True), fc=fc(6))
 def lstm_reads_channels(m, x):
     return m.fc(m.r(m.a(x).mean(2).transpose(1, 2))[0])
 

@@ -351,7 +351,7 @@ class Concat(nn.Module):
 
 
 TRAINING = "branches on `training`"
-DETECT = {"stays": 5, "warns": TRAINING}  # 3 classes and 2 axes, coupled over scales and bins
+DETECT = {"stays": 7, "warns": TRAINING}  # 3 classes and 4 sides, coupled over scales and bins
 
 
 @wild(
@@ -2084,14 +2084,14 @@ class CBAM(nn.Module):
         return x * torch.sigmoid(self.spatial(pooled))
 
 
-# the mean over channels is over the kept ones
+# the mean and the maximum over channels are over the kept ones
 @wild(image(), stays=5, half="stem.conv 4, block.mlp.1 2", mixing="all", oracle="narrowed")
 def cbam():
     return Chain(stem=ConvBN(3, 8, 3), block=CBAM(8), head=Classifier(8))
 
 
-@wild(image(), stays=8 + 5, half="stem.conv 8, block.mlp.1 2", why="mixes channels")
-def cbam_in_which_means_stay():
+@wild(image(), stays=5, half="stem.conv 4, block.mlp.1 2")
+def cbam_of_all_channels():
     return Chain(stem=ConvBN(3, 8, 3), block=CBAM(8), head=Classifier(8))
 
 
@@ -2196,8 +2196,8 @@ class ECA(nn.Module):
         return x * torch.sigmoid(self.conv(y)).view(x.shape[0], -1, 1, 1)
 
 
-# a window over neighbouring channels: they stay
-@wild(image(), stays=8 + 5, half="stem.conv 8, mid.conv 4", why="window")
+# the window over neighbouring channels sees zeros where channels went
+@wild(image(), stays=5, half="stem.conv 4, mid.conv 4")
 def efficient_channel_attention():
     return Chain(mid=ConvBN(3, 8, 3), stem=ConvBN(8, 8, 3), block=ECA(), head=Classifier(8))
 
@@ -2442,7 +2442,7 @@ class Deformable(nn.Module):
         )
 
 
-@wild(image(), stays=18 + 9 + 5, half="stem.conv 4, dcn.regular 5, dcn.offset 18")
+@wild(image(), stays=9 + 5, half="stem.conv 4, dcn.regular 5, dcn.offset 9")
 def deformable():
     return Chain(
         stem=ConvBN(3, 8, 3), dcn=Deformable(8, 10), bn=nn.BatchNorm2d(10), head=Classifier(10)

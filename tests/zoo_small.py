@@ -279,7 +279,9 @@ def assert_slices(
     """Every tensor of `pruned` is the slice of the original's that `kept` names."""
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, new in {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}.items():
-        if name not in old or name.startswith("_gather_"):  # constants of the graph
+        if name not in old or name.startswith(
+            ("_gather_", "_scatter_", "_kept_")
+        ):  # constants of the graph
             continue
         dims = kept.get(name, {})
         whole = old[name]
@@ -2489,8 +2491,7 @@ def mask_set_to_token(m, x):
     return m.o(y)
 
 
-@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), half="s 3",
-     frozen="single elements")
+@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), half="s 3, a 4")
 def rows_set_by_positions(m, x):
     y = m.a(m.s(x))
     y[:, x[0, :, 0].argsort()[:2]] = 0.0
@@ -2735,3 +2736,53 @@ def ways_summed(m, x):
 def state_given_out(m, x):
     y, (h, _) = m.r(m.a(x))
     return m.o(y), h
+
+
+# positions that are computed, along dims without channels
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def tokens_kept_by_score(m, x):
+    x = m.a(x)
+    best = x.sum(-1).topk(4, 1)[1]
+    taken = torch.gather(x, 1, best.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    again = torch.gather(x, 1, best.unsqueeze(-1).repeat(1, 1, 8))
+    rows = torch.arange(2)[:, None]
+    return m.o(taken + again + x[rows, best] + torch.take_along_dim(x, best[..., None], 1))
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def tokens_in_computed_order(m, x):
+    order = x.mean((0, 2)).argsort()
+    x = m.a(x)
+    there = torch.zeros_like(x)
+    there[:, order] = x.index_select(1, order)
+    there[torch.arange(2), x.sum(-1).argmax(1)] = 0.5
+    return m.o(there + x[:, order] + x.clone().index_copy(1, order, x.flip(1)))
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def tokens_scattered(m, x):
+    where = (x.mean(-1) > 0).long().unsqueeze(-1)
+    x = m.a(x)
+    y = torch.zeros_like(x).scatter(1, x.detach().sum(-1).argsort(1).unsqueeze(-1).expand_as(x), x)
+    z = x.new_zeros(2, 2, 8).scatter_add(1, where.expand(-1, -1, 8), x)
+    most = x.new_zeros(2, 2, 8).scatter_reduce(1, where.expand_as(x), x, "amax", include_self=False)
+    return m.o(torch.cat([y, z, most], 1))
+
+
+@odd(tensor(2, 6, 3), tensor(8), s=nn.Linear(3, 4), a=nn.Linear(4, 8), o=nn.Linear(8, 2),
+     half="s 2, a 8", frozen="by computed positions")
+def channels_in_computed_order(m, x, y):
+    return m.o(m.a(m.s(x))[..., y.argsort()])
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def waves_of_position(m, x):
+    """Sines and cosines assigned to every other channel, of another dtype."""
+    x = m.a(x)
+    table = torch.zeros(6, 8, dtype=x.dtype)
+    at = torch.arange(6)[:, None]
+    table[:, 0::2] = torch.sin(at / 10.0)
+    table[:, 1::2] = torch.cos(at / 10.0)
+    return m.o(x + table)
