@@ -3640,3 +3640,140 @@ def fasternet_by_slices():
         two=FasterBlock(16, False),
         head=Classifier(16),
     )
+
+
+# -- computed positions, states, and time ----------------------------------------------------------
+
+
+def edge_features(x, k=3):
+    """DGCNN: each point beside its nearest neighbours, found in the space of the features."""
+    b, c, n = x.shape
+    inner = -2 * torch.matmul(x.transpose(2, 1), x)
+    square = torch.sum(x**2, dim=1, keepdim=True)
+    near = (-square - inner - square.transpose(2, 1)).topk(k=k, dim=-1)[1]
+    base = torch.arange(0, b, device=x.device).view(-1, 1, 1) * n
+    near = (near + base).view(-1)
+    points = x.transpose(2, 1).contiguous()
+    feature = points.view(b * n, -1)[near, :].view(b, n, k, c)
+    points = points.view(b, n, 1, c).repeat(1, 1, k, 1)
+    return torch.cat((feature - points, points), dim=3).permute(0, 3, 1, 2).contiguous()
+
+
+class PointGraph(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = ConvBN(6, 8), ConvBN(16, 10)
+        self.conv3 = nn.Sequential(nn.Conv1d(18, 12, 1), nn.BatchNorm1d(12), nn.LeakyReLU(0.2))
+        self.fc = nn.Linear(24, 5)
+
+    def forward(self, x):
+        x1 = self.conv1(edge_features(x)).max(dim=-1, keepdim=False)[0]
+        x2 = self.conv2(edge_features(x1)).max(dim=-1, keepdim=False)[0]
+        x = self.conv3(torch.cat((x1, x2), dim=1))
+        pools = F.adaptive_max_pool1d(x, 1), F.adaptive_avg_pool1d(x, 1)
+        return self.fc(torch.cat([p.view(x.size(0), -1) for p in pools], 1))
+
+
+@wild(tensor(2, 3, 7), stays=5, half="conv1.conv 4, conv2.conv 5, conv3.0 6")
+def point_graph():
+    return PointGraph()
+
+
+class Selected(nn.Module):
+    """A transformer that goes on with the tokens its class token looks at, and a mean of others."""
+
+    def __init__(self, c=8, keep=6):
+        super().__init__()
+        self.embed, self.keep = Tokens(c), keep
+        self.cls = nn.Parameter(torch.zeros(1, 1, c))
+        self.score = nn.Linear(c, 1)
+        self.one, self.two = PreNorm(c, Attention(c), 16), PreNorm(c, Attention(c), 16)
+        self.norm, self.head = nn.LayerNorm(c), nn.Linear(c, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = self.one(torch.cat((self.cls.expand(x.shape[0], -1, -1), x), 1))
+        cls, rest = x[:, :1], x[:, 1:]
+        score = self.score(rest).squeeze(-1)
+        best = torch.topk(score, self.keep, dim=1)[1]
+        index = best.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+        taken = torch.gather(rest, dim=1, index=index)
+        mean = (rest * score.softmax(1).unsqueeze(-1)).sum(1, keepdim=True)
+        x = self.two(torch.cat((cls, taken, mean), dim=1))
+        return self.head(self.norm(x)[:, 0])
+
+
+@wild(image(), stays=5, half="embed.proj 4, one.mlp.0 8, two.mlp.2 4, norm 4")
+def tokens_selected():
+    return Selected()
+
+
+class Translator(nn.Module):
+    """Encoder and decoder with additive attention, a step at a time, fed what it gave."""
+
+    def __init__(self, words=9, dim=8, hidden=6):
+        super().__init__()
+        self.embed_in, self.embed_out = nn.Embedding(words, dim), nn.Embedding(words, dim)
+        self.encoder = nn.GRU(dim, hidden, batch_first=True, bidirectional=True)
+        self.bridge, self.decoder = (
+            nn.Linear(2 * hidden, hidden),
+            nn.GRUCell(dim + 2 * hidden, hidden),
+        )
+        self.keys, self.query = nn.Linear(2 * hidden, 4), nn.Linear(hidden, 4, bias=False)
+        self.energy, self.out = nn.Linear(4, 1), nn.Linear(hidden + 2 * hidden, words)
+
+    def forward(self, source, target):
+        memory, h = self.encoder(self.embed_in(source))
+        state = torch.tanh(self.bridge(torch.cat((h[-2], h[-1]), dim=1)))
+        keys, found = self.keys(memory), []
+        for t in range(target.shape[1]):
+            score = self.energy(torch.tanh(keys + self.query(state).unsqueeze(1))).squeeze(2)
+            context = torch.bmm(score.softmax(1).unsqueeze(1), memory).squeeze(1)
+            state = self.decoder(torch.cat((self.embed_out(target[:, t]), context), 1), state)
+            found.append(self.out(torch.cat((state, context), 1)))
+        return torch.stack(found, 1)
+
+
+@wild(
+    torch.tensor([[1, 2, 3, 4], [8, 7, 0, 5]]),
+    torch.tensor([[1, 6, 2], [3, 0, 8]]),
+    stays=9,
+    half="encoder.weight_ih_l0 9, bridge 3, decoder.weight_hh 9, keys 2, embed_in 9",
+)
+def translator():
+    return Translator()
+
+
+class TemporalShift(nn.Module):
+    """Some channels of the frame before, some of the frame after, then the block."""
+
+    def __init__(self, net, frames=4, div=4):
+        super().__init__()
+        self.net, self.frames, self.div = net, frames, div
+
+    def forward(self, x):
+        nt, c, h, w = x.size()
+        x = x.view(nt // self.frames, self.frames, c, h, w)
+        fold = c // self.div
+        out = torch.zeros_like(x)
+        out[:, :-1, :fold] = x[:, 1:, :fold]
+        out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
+        out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+        return self.net(out.view(nt, c, h, w))
+
+
+class ShiftedVideo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one = ConvBN(3, 8, 3), TemporalShift(ConvBN(8, 8, 3))
+        self.two, self.head = TemporalShift(Basic(8, 8)), Classifier(8)
+
+    def forward(self, clips):
+        b, t = clips.shape[:2]
+        x = self.two(self.one(self.stem(clips.flatten(0, 1))))
+        return self.head(x).view(b, t, -1).mean(1)
+
+
+@wild(tensor(2, 4, 3, 6, 6), stays=5, half="stem.conv 4, one.net.conv 4, two.net.conv1.conv 4")
+def temporal_shift():
+    return ShiftedVideo()
