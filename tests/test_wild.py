@@ -80,21 +80,16 @@ def same_nest(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("name", [name for name, case in WILD.items() if case.trains])
 def test_a_step_of_training_makes_the_loss_smaller(name):
     case = WILD[name]
-    model, pruned = pruned_half(name)
-    small = fxprune.apply(model, pruned.fxprune.plan, pruned_example(case), verify=False).train()
+    _, pruned = pruned_half(name)
+    example = case.kwargs() if case.keywords else case.args()
+    small = fxprune.apply(case.build(), pruned.fxprune.plan, example, verify=False).train()
     before = loss(small, case)
     before.backward()
     learned = {k for k, p in small.named_parameters() if p.grad is not None}
-    assert learned == with_gradient(pruned_half(name)[0], case) & set(
-        dict(small.named_parameters())
-    )
+    assert learned == with_gradient(case) & set(dict(small.named_parameters()))
     assert torch.isfinite(before) and any(
         loss_after_a_step(small, case, rate) < before for rate in (1e-2, 1e-3, 1e-4, 1e-6)
     )
-
-
-def pruned_example(case: Wild) -> Any:
-    return case.kwargs() if case.keywords else case.args()
 
 
 def loss(model: nn.Module, case: Wild) -> torch.Tensor:
@@ -103,7 +98,7 @@ def loss(model: nn.Module, case: Wild) -> torch.Tensor:
     return sum(((t - 0.3) ** 2).mean() for t in outputs if t.requires_grad)
 
 
-def with_gradient(model: nn.Module, case: Wild) -> set[str]:
+def with_gradient(case: Wild) -> set[str]:
     """The parameters that the original trains: those that its outputs depend on."""
     again = case.build()
     loss(again, case).backward()
