@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import einsum, letters, movement
+from . import einsum, letters, movement, positions, recurrent
 from . import scatter as scattering
 from .errors import RuleError
 from .heads import Heads
@@ -280,11 +280,17 @@ class _Run:
         return Value(shape, tuple(layers))
 
     def do_dims(self, node: fx.Node, use: Use) -> Any:
-        rule, bound = use.rule, self.bound(node, use)
+        bound = self.bound(node, use)
+        rule = use.rule.standing(self._attributes(node, bound)) if use.rule.still else use.rule
+        use = replace(use, rule=rule)
         values = [self.operand(node, bound, name) for name in rule.operands]
         known = {*rule.operands, *rule.ignores}
         self._freeze_unnamed(node, {name: bound[name] for name in bound if name not in known})
         return self.run_letters(node, use, rule.pattern, values, bound)
+
+    def _attributes(self, node: fx.Node, bound: dict[str, Any]) -> dict[str, Any]:
+        """What a call's arguments are, or a module's attributes."""
+        return vars(self.modules[node.target]) if node.op == "call_module" else bound
 
     def _freeze_unnamed(self, node: fx.Node, rest: dict[str, Any]) -> None:
         """Channels in an argument the rule says nothing about stay."""
@@ -292,6 +298,26 @@ class _Run:
             for leaf in leaves(self.of(arg), Value):
                 for layer in self.opened(leaf).layers:
                     self.ids.freeze(node, layer.ids, f"is `{name}` of {self.title(node)}")
+
+    def do_recurrent(self, node: fx.Node, use: Use) -> Any:
+        weights = recurrent.weights(self.modules[node.target])
+        bound = use.bound(node.args, node.kwargs)
+        source = self.of(bound.get("input"))
+        if not weights.all_own() or not isinstance(source, Value):
+            return self.freeze_all(node, "has computed weights, or steps of several lengths")
+        call = recurrent.Recurrence(self.ids, node, weights, lambda name: self._own(node, name))
+        hidden, given = call.units()
+        read = call.reads(self.opened(source))
+        states = [self.opened(v) for v in leaves(self.of(bound.get("hx")), Value)]
+        zero = [call.starts(u, s) for u, s in zip((given, hidden), states, strict=False)]
+        self.result.uses[node] = call.used(use.rule, read, hidden, given)
+        tensors = leaves(node.meta["val"], Tensor)
+        made = recurrent.results(weights, tensors, hidden, given, all(zero))
+        return mapped(lambda _: next(made), node.meta["val"])
+
+    def _own(self, node: fx.Node, name: str) -> str:
+        """The full name of a module's parameter."""
+        return self.aliases.get(f"{node.target}.{name}", f"{node.target}.{name}")
 
     def do_einsum(self, node: fx.Node, use: Use) -> Any:
         bound = use.bound(node.args, node.kwargs)
@@ -426,9 +452,14 @@ class _Run:
                 if k is None:
                     merged.append(layer)
                     owners.append({i})
+                    continue
+                reach = set().union(*(real[j] for j in owners[k])), real[i]
+                owners[k].add(i)
+                if _crossed(merged[k], layer):
+                    passed = self._passed_beside(node, merged[k], layer, reach)
+                    merged[k : k + 1] = passed
+                    owners[k : k + 1] = [set(owners[k]) for _ in passed]
                 else:
-                    reach = set().union(*(real[j] for j in owners[k])), real[i]
-                    owners[k].add(i)
                     merged[k] = self._tied_pair(node, merged[k], layer, reach)
         plain = [
             set().union(*(dims for i, dims in enumerate(real) if i not in mine)) & set(la.varying)
@@ -455,6 +486,15 @@ class _Run:
             self.ids.tie(node, narrow.ids, wide.ids)
         return wide if len(wide.varying) > len(narrow.varying) else a
 
+    def _passed_beside(
+        self, node: fx.Node, a: Layer, b: Layer, reach: tuple[set[int], set[int]]
+    ) -> list[Layer]:
+        """Layers that share rows and have columns of their own: those not frozen by the other."""
+        shared = set(a.varying) & set(b.varying)
+        self._row_tie(node, a, shared, b)
+        met = (a, (set(a.varying) - shared) & reach[1]), (b, (set(b.varying) - shared) & reach[0])
+        return [la for la, dims in met if not dims or self._passes_plain(node, la, dims)]
+
     def _passes_plain(self, node: fx.Node, layer: Layer, dims: set[int]) -> bool:
         """Meet something without channels along `dims`: rows stay, whole layers are frozen."""
         if _by_rows(dims, layer):
@@ -471,7 +511,7 @@ class _Run:
         order = [*sorted(dims), *(d for d in range(wide.ids.ndim) if d not in dims)]
         rows = math.prod(wide.ids.shape[d] for d in dims)
         ids = wide.ids.permute(order).reshape(rows, -1)
-        other = None if narrow is None else narrow.ids.permute(order).reshape(-1)
+        other = None if narrow is None else narrow.ids.permute(order).reshape(rows, -1)
         self.ids.rows.append(RowTie(node, ids, other))
 
     def _by_columns(self, dims: set[int], wide: Layer) -> bool:
@@ -649,7 +689,7 @@ class _Run:
     def execute(self, node: fx.Node, ids: Tensor) -> Any:
         if node.op == "call_module":
             return self.modules[node.target](ids)
-        args, kwargs = self.concrete(node.args[1:]), self.concrete(dict(node.kwargs))
+        args, kwargs = positions.standins(self.concrete((node.args[1:], dict(node.kwargs))))
         if node.op == "call_method":
             return getattr(ids, node.target)(*args, **kwargs)
         return node.target(ids, *args, **kwargs)
@@ -658,21 +698,47 @@ class _Run:
         if node.args and not isinstance(self.result.values.get(node.args[0]), Value):
             return NotImplemented
         value = self.first(node)
-        if any(t.is_meta for t in leaves(self.concrete(node.args[1:]), Tensor)):
+        picked = self._picked_dims(node, use, len(value.shape))
+        if picked is None:
             return self.freeze_all(node, "picks elements by computed positions")
         outputs = leaves(node.meta["val"], Tensor)
         per_output: list[list[Layer]] = [[] for _ in outputs]
         for layer in value.layers:
+            if picked & set(layer.varying):
+                self.ids.freeze(node, layer.ids, f"is picked by computed positions at %{node.name}")
+                continue
             found = self.rerun(node, layer.ids, value.shape)
             if found is None:
                 return self.freeze_all(node, "could not be run on channel ids")
             for i, ids in enumerate(found):
                 per_output[i].append(self._moved(node, layer, ids))
+        if use.rule.spreads:
+            per_output[0] += self._spread(value.shape, tuple(outputs[0].shape))
         made = [
             self.made(tuple(t.shape), ls, value.weight)
             for t, ls in zip(outputs, per_output, strict=True)
         ]
         return made if isinstance(node.meta["val"], (tuple, list)) else made[0]
+
+    def _picked_dims(self, node: fx.Node, use: Use, rank: int) -> set[int] | None:
+        """Dims along which positions pick that the graph computes; None where that is not known."""
+        bound = use.bound(node.args, node.kwargs)
+        rest = {name: self.concrete(arg) for name, arg in bound.items() if arg is not node.args[0]}
+        if not positions.are_computed(rest):
+            return set()
+        self._freeze_unnamed(node, {k: v for k, v in bound.items() if v is not node.args[0]})
+        if isinstance(rest.get("dim"), int):
+            return {rest["dim"] % rank}
+        return positions.picked_dims(rest["index"], rank) if "index" in rest else None
+
+    def _spread(self, old: tuple[int, ...], new: tuple[int, ...]) -> list[Layer]:
+        """Channels along dims in which one element became many: they go as what they meet does."""
+        shift, layers = len(new) - len(old), []
+        for d, size in enumerate(new):
+            if size > 1 and (d < shift or old[d - shift] == 1):
+                dims = [size if i == d else 1 for i in range(len(new))]
+                layers.append(Layer(self.ids.fresh(size).view(dims), False))
+        return layers
 
     def _moved(self, node: fx.Node, layer: Layer, ids: Tensor) -> Layer:
         moved = Layer(ids, layer.zero, layer.origin)
@@ -699,18 +765,27 @@ class _Run:
         index = self.concrete(node.args[1])
         if _by_elements(index, target):
             return self._assign_where(node, use, target)
+        index = positions.standins(index)
         source = self.opened(given) if isinstance(given, Value) else Value(())
-        met = []
-        for layer in target.layers:
-            part = layer.ids.expand(target.shape)[index]
-            if len(layer.varying) > 1 or len(torch.unique(part)) != layer.ids.numel():
-                self.ids.freeze(node, layer.ids, f"is assigned to in part at %{node.name}")
-            else:
-                met.append(Layer(compress(part, range(part.ndim)), layer.zero))
+        met = [part for la in target.layers if (part := self._assigned(node, la, target, index))]
         shape = tuple(torch.empty(target.shape, device="meta")[index].shape)
         self.meet(node, [Value(shape, tuple(met)), source], shape, use)
         changed = tuple(Layer(la.ids, False, la.origin) for la in target.layers)
         self.result.values[node.args[0]] = Value(target.shape, changed, weight=target.weight)
+
+    def _assigned(self, node: fx.Node, layer: Layer, target: Value, index: Any) -> Layer | None:
+        """The channels of a layer that are assigned to: all of them, or some that lie along one
+        dim, each once. Others are frozen."""
+        part = layer.ids.expand(target.shape)[index]
+        ids = compress(part, range(part.ndim))
+        found = torch.unique(part)
+        if len(layer.varying) == 1 and ids.numel() == len(found) > 1:
+            if len(found) < layer.ids.numel():
+                self.ids.pieces.append(found)
+            return Layer(ids, layer.zero)
+        some = layer.ids if len(layer.varying) > 1 else found
+        self.ids.freeze(node, some, f"is assigned to in part at %{node.name}")
+        return None
 
     def _assign_where(self, node: fx.Node, use: Use, target: Value) -> None:
         """``target[mask] = number`` by a computed mask, which shares the channels of what it cuts.
@@ -822,7 +897,8 @@ getitem, setitem = operator.getitem, operator.setitem
 def _by_elements(index: Any, target: Value) -> bool:
     """Whether an index is computed, or a mask over several dims with channels along one of them."""
     tensors = leaves(index, Tensor)
-    if any(t.is_meta for t in tensors):
+    picked = positions.picked_dims(index, len(target.shape))
+    if picked is None or any(picked & set(layer.varying) for layer in target.layers):
         return True
     flags = (torch.bool, torch.uint8)
     masked = max((t.ndim for t in tensors if t.dtype in flags), default=0)
@@ -851,6 +927,12 @@ def _real(value: Value, rank: int) -> set[int]:
 def _by_rows(dims: set[int], wide: Layer) -> bool:
     """Whether `dims` are some of the layer's, and not the one along which channels go."""
     return dims < set(wide.varying) and wide.varying[-1] not in dims
+
+
+def _crossed(a: Layer, b: Layer) -> bool:
+    """Whether two layers share rows, and each has columns along dims of its own."""
+    shared = set(a.varying) & set(b.varying)
+    return _by_rows(shared, a) and _by_rows(shared, b)
 
 
 def _map_nodes(arg: Any, fn: Callable[[fx.Node], Any]) -> Any:

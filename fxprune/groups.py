@@ -11,7 +11,7 @@ from itertools import groupby
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .flow import Flow
 from .ids import ColumnTie, Freeze, Role, RowTie, Slot, Tie
@@ -114,8 +114,10 @@ def _settled(flow: Flow) -> tuple[np.ndarray, list[Tie], list[Freeze]]:
     ties, frozen = list(flow.ids.ties), []
     while True:
         label = _components(ties, flow.ids.count)
-        settled: list[_Band] = [row for row in rows if _goes_whole(label, row)]
-        settled = settled or [column for column in columns if not _goes_whole(label, column)]
+        settled: list[_Band] = [
+            row for row in rows if all(_goes_whole(label, ids) for ids in _sides(row))
+        ]
+        settled = settled or [column for column in columns if not _goes_whole(label, column.ids)]
         if not settled:
             break
         rows = [row for row in rows if row not in settled]
@@ -123,12 +125,16 @@ def _settled(flow: Flow) -> tuple[np.ndarray, list[Tie], list[Freeze]]:
         ties += [tie for each in settled if (tie := _row_or_column_tie(each))]
         frozen += [_stopped(each) for each in settled if each.other is None]
     rest: list[_Band] = [*rows, *columns]
-    frozen += [_beside(tied) for tied in rest if tied.other is not None]
+    frozen += [freeze for tied in rest for freeze in _beside(label, tied)]
     return label, ties, frozen
 
 
-def _goes_whole(label: np.ndarray, tied: _Band) -> bool:
-    rows = label[tied.ids.numpy()]
+def _sides(row: RowTie) -> list[Tensor]:
+    return [row.ids] if row.other is None else [row.ids, row.other]
+
+
+def _goes_whole(label: np.ndarray, ids: Tensor) -> bool:
+    rows = label[ids.numpy()]
     return bool((rows == rows[:, :1]).all())
 
 
@@ -136,13 +142,17 @@ def _row_or_column_tie(tied: _Band) -> Tie | None:
     if tied.other is None:
         return None
     if isinstance(tied, RowTie):
-        return Tie(tied.node, tied.ids[:, 0], tied.other)
+        return Tie(tied.node, tied.ids[:, 0], tied.other[:, 0])
     return Tie(tied.node, tied.ids, tied.other.expand_as(tied.ids))
 
 
-def _beside(tied: _Band) -> Freeze:
-    assert tied.other is not None
-    return Freeze(tied.node, tied.other, "belongs to whole rows of channels")
+def _beside(label: np.ndarray, tied: _Band) -> list[Freeze]:
+    """What would have to go whole beside something that does not."""
+    if tied.other is None:
+        return []
+    sides = _sides(tied) if isinstance(tied, RowTie) else []
+    whole = [ids for ids in sides if _goes_whole(label, ids)] if sides else [tied.other]
+    return [Freeze(tied.node, ids, "belongs to whole rows of channels") for ids in whole]
 
 
 def _stopped(tied: _Band) -> Freeze:
@@ -217,6 +227,12 @@ def _grouped(slots: list[Slot], label: np.ndarray, reasons: dict[int, Freeze]) -
     classes, which = _laid_out(slots, label)
     ends = np.cumsum([slot.ids.numel() for slot in slots])
     where = np.arange(len(classes)) - np.concatenate([[0], ends[:-1]])[which]
+    real = (
+        classes != label[0]
+    )  # what has no channel, as coordinates beside channels, is in no group
+    classes, which, where = classes[real], which[real], where[real]
+    if not len(classes):
+        return []
     order = np.argsort(classes.astype(np.int32), kind="stable")  # slots are in order already
     classes, which, where = classes[order], which[order], where[order]
     starts = np.flatnonzero(np.concatenate([[True], classes[1:] != classes[:-1]]))

@@ -73,7 +73,8 @@ class RowTie:
 
     If the columns of a row turn out to go together, the row is tied to ``other`` (frozen, if
     ``other`` has no ids). If not, columns go row by row in equal numbers and rows stay: then
-    ``other`` stays too.
+    ``other`` stays too. ``other`` is over (rows, columns of its own): where these go one by one as
+    well, nothing ties the two.
     """
 
     node: fx.Node | None

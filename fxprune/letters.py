@@ -192,10 +192,15 @@ def _without_windows(call: _Call, i: int, layers: list[Named]) -> list[Named]:
 
 
 def _can_be_wide(call: _Call, i: int, named: Named) -> bool:
-    """Whether zeros may be laid out where channels went, and the op be run over all places."""
+    """Whether zeros may be laid out where channels went, and the op be run over all places.
+
+    Not in computed kernels, which make channels of their own: their places are no channels.
+    """
     value, dims = call.values[i], call.binding.inputs[i] or ()
     single = isinstance(call.node.meta["val"], Tensor)
-    data = value is not None and not value.weight
+    others = {letter for j in range(len(call.values)) if j != i for letter in call.real(j)}
+    kernel = i > 0 and bool(call.real(i) & call.out - others)
+    data = value is not None and not value.weight and not kernel
     return single and data and named.zero and named.letters in dims
 
 
@@ -294,7 +299,7 @@ def _row_tie(call: _Call, wide: Named, narrow: Named) -> None:
     rows = narrow.letters
     rest = [letter for letter in wide.letters if letter not in rows]
     ids = wide.over([*rows, *rest]).reshape(narrow.ids.numel(), -1)
-    call.ids.rows.append(RowTie(call.node, ids, narrow.ids.reshape(-1)))
+    call.ids.rows.append(RowTie(call.node, ids, narrow.ids.reshape(-1, 1)))
 
 
 def _tie(call: _Call, a: Named, b: Named) -> None:
@@ -358,13 +363,22 @@ def _bind_params(call: _Call, layers: list[Named]) -> list[Named]:
             shared = set(named.letters) & call.real(i)
             if not shared or not contracted <= call.real(i):
                 continue
-            role: Role = "in" if contracted else "through"
+            role: Role = "in" if contracted else _role(call, shared)
             if call.heads != "dims" and len(shared) < len(named.letters):
                 _bind_columns(call, i, named, role)
                 continue
             layers[k] = named = _along(call, named, set(named.letters) - call.real(i))
             _bind(call, i, named, role)
     return layers
+
+
+def _role(call: _Call, letters: set[str]) -> Role:
+    """What only an added operand brings, as a computed bias does, the weight makes."""
+    added = {i for i, name in enumerate(call.rule.operands) if name in call.rule.adds}
+    data = [i for i in range(len(call.values)) if not call.is_raw(i) and call.values[i] is not None]
+    if set(data) <= added or any(letters & call.real(i) for i in data if i not in added):
+        return "through"
+    return "out"
 
 
 def _bind(call: _Call, i: int, named: Named, role: Role) -> None:
@@ -492,13 +506,17 @@ def _on_output(call: _Call, named: Named) -> Tensor:
 
 
 def new_size(letter: str, layers: Iterable[Named], kept: Tensor, old: int) -> int:
-    """A letter's size once only ids in the mask `kept` are left."""
-    for named in layers:
-        if letter in named.letters:
-            mask = kept[named.ids]
-            axis = named.letters.index(letter)
-            if axis == len(named.letters) - 1 and axis > 0:
-                return int(mask.sum(-1).max())
-            others = [a for a in range(mask.ndim) if a != axis]
-            return int((mask.any(dim=tuple(others)) if others else mask).sum())
-    return old
+    """A letter's size once only ids in the mask `kept` are left, of all layers over it."""
+    over = [named for named in layers if letter in named.letters]
+    if not over:
+        return old
+    widest = max(over, key=lambda named: len(named.letters))
+    mask = kept[widest.ids]
+    for named in over:
+        if named is not widest and set(named.letters) <= set(widest.letters):
+            mask = mask & kept[named.over(widest.letters)]
+    axis = widest.letters.index(letter)
+    if axis == len(widest.letters) - 1 and axis > 0:
+        return int(mask.sum(-1).max())
+    others = [a for a in range(mask.ndim) if a != axis]
+    return int((mask.any(dim=tuple(others)) if others else mask).sum())

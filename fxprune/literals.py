@@ -130,6 +130,23 @@ def _leave_one_open(context: Context, given: Any, made: list[Any]) -> None:
         made[wrong[0]] = -1
 
 
+def repeats(call: Call, context: Context) -> None:
+    """How often a dim of one element is repeated, where channels lie along the copies."""
+    starred = "*repeats" in call.use.arguments
+    at = call.use.arguments.index("*repeats" if starred else "repeats")
+    rest = call.kwargs.get("repeats", call.args[at:] if starred else call.args[at : at + 1])
+    nested = isinstance(rest, tuple) and len(rest) == 1 and isinstance(rest[0], (list, tuple))
+    given = list(rest[0] if nested else rest)
+    need, old = context.shape(call.node), context.source.shape
+    for i in range(-1, -len(given) - 1, -1):
+        if len(old) < -i or old[i] == 1:
+            given[i] = context.fits(given[i], need[i])
+    if "repeats" in call.kwargs:
+        call.kwargs["repeats"] = tuple(given)
+    else:
+        call.args = (*call.args[:at], *([tuple(given)] if nested or not starred else given))
+
+
 def sizes(call: Call, context: Context) -> None:
     """Sizes that one dim is unflattened to."""
     need = context.shape(call.node)
@@ -258,7 +275,39 @@ def index(call: Call, context: Context) -> None:
             )
         made.append(part if mask is None or mask.all() else _part(call, context, part, dim, mask))
         dim += _consumes(part)
+    if call.use.rule.kind == "assign":
+        made = _at_positions(call, context, made)
     call.args = (call.args[0], tuple(made) if isinstance(given, tuple) else made[0], *call.args[2:])
+
+
+def _at_positions(call: Call, context: Context, parts: list[Any]) -> list[Any]:
+    """What is assigned to cannot be gathered before: kept positions are listed instead."""
+    if not call.gathers:
+        return parts
+    if len(call.gathers) > 1 or not all(isinstance(p, slice) or p is Ellipsis for p in parts):
+        raise RewriteError(call.node, f"several positions meet at %{call.node.name}")
+    (dim, positions) = call.gathers.pop()
+    rank = torch.cumsum(context.mask(call.node, dim), 0) - 1
+    at = dim
+    if Ellipsis in parts and parts.index(Ellipsis) < dim:
+        at = dim - len(context.source.shape) + len(parts)
+    places = rank[positions].tolist()
+    return [_places(call, context, places) if i == at else part for i, part in enumerate(parts)]
+
+
+def _places(call: Call, context: Context, places: list[int]) -> Any:
+    """Positions to assign to: a slice where they are evenly spaced, as it casts what it gets."""
+    step = places[1] - places[0] if len(places) > 1 else 1
+    if step > 0 and places == list(range(places[0], places[-1] + 1, step)):
+        return slice(places[0], places[-1] + 1, step)
+    types = {t.dtype for t in map(context.concrete, (call.args[0], call.args[2])) if _has_type(t)}
+    if len(types) > 1:
+        raise RewriteError(call.node, f"what is assigned at %{call.node.name} has another dtype")
+    return places
+
+
+def _has_type(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _takes_all(part: Any) -> bool:
@@ -337,7 +386,7 @@ def pad(call: Call, context: Context) -> None:
 FIXES: dict[str, Fix] = {
     "shape": shape, "sizes": sizes, "squeeze": squeeze, "sections": sections, "chunks": chunks,
     "tensor_split": tensor_split, "narrow": narrow, "slice": slice_, "select": select,
-    "index_select": index_select, "index": index, "pad": pad,
+    "index_select": index_select, "index": index, "pad": pad, "repeats": repeats,
 }  # fmt: skip
 
 __all__ = ["FIXES", "Call", "Context", "operator"]

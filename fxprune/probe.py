@@ -324,8 +324,8 @@ class _Prober:
 
     def check_dependence(self, trial: Trial, outputs: list[Tensor]) -> None:
         """Changing a slice changes what carries its channel, and nothing else."""
-        if self.rule.additive:
-            return  # what changes in one place changes the length, but zeros do not
+        if self.rule.additive or self.rule.kind == "recurrent":
+            return  # a length changes with each of its terms, and the next step with each state
         dead = unread(trial, outputs)
         for part in trial.parts():
             message = ""
@@ -343,6 +343,8 @@ class _Prober:
         pairs = list(zip(changed, marked, strict=True))
         if any(bool((c & ~m).any()) for c, m in pairs):
             return f"changing {part} changes output of other channels too"
+        if self.rule.kind == "assign":
+            return ""  # what is written over need not be read
         if part.name in trial.zeros and not any(bool((c & m).any()) for c, m in pairs):
             return f"changing {part} leaves the output tied to it as it is"
         return ""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import literals, movement
+from . import literals, movement, positions
 from .flow import Flow
 from .ids import Layer, Value
 from .letters import DimsUse, new_size
@@ -146,18 +146,18 @@ class _Writer:
         source = self.widths.value(found.source)
         mask = self.widths.along(source, found.dim)
         assert mask is not None
-        positions = found.positions[mask[found.positions]]
-        self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node)
+        places = found.positions[mask[found.positions]]
+        self.env[node] = self._gather(self.env[found.source], found.dim, places, mask, node)
 
     def _gather(
-        self, source: fx.Node, dim: int, positions: Tensor, mask: Tensor, node: fx.Node
+        self, source: fx.Node, dim: int, places: Tensor, mask: Tensor, node: fx.Node
     ) -> fx.Node:
         """The kept positions of `source` in a new order; what `node` gave may have been a view."""
         if self._changed_in_place(node):
             fault = f"%{node.name} is changed in place, and would be a copy where channels go"
             raise RewriteError(node, fault)
         rank = torch.cumsum(mask, 0) - 1
-        index = rank[positions]
+        index = rank[places]
         if torch.equal(index, torch.arange(int(mask.sum()))):
             return source
         name = node.name if f"_gather_{node.name}" not in self.constants else f"{node.name}_{dim}"
@@ -377,10 +377,10 @@ class _Writer:
 
     def _pregathered(self, call: Call, source: Value) -> fx.Node:
         taken = self.env[call.node.args[0]]
-        for dim, positions in call.gathers:
+        for dim, places in call.gathers:
             mask = self.widths.along(source, dim)
             assert mask is not None
-            taken = self._gather(taken, dim, positions, mask, call.node)
+            taken = self._gather(taken, dim, places, mask, call.node)
         return taken
 
     def delivers(self, call: Call, source: Value) -> bool:
@@ -413,10 +413,8 @@ class _Writer:
         def concrete(arg):
             return self.numbers.get(arg, arg.meta["val"]) if isinstance(arg, fx.Node) else arg
 
-        args, kwargs = (
-            fx.node.map_aggregate(call.args[1:], concrete),
-            fx.node.map_aggregate(call.kwargs, concrete),
-        )
+        rest = fx.node.map_aggregate((call.args[1:], call.kwargs), concrete)
+        args, kwargs = positions.standins(rest)
         if call.op == "call_module":
             return self.modules[call.target](ids)
         if call.op == "call_method":
@@ -430,8 +428,8 @@ class _Writer:
         mask = self.widths.along(self.widths.value(found.source), found.dim)
         if mask is None:
             raise RewriteError(node, f"channels spread over several dims are moved at %{node.name}")
-        positions = found.positions[mask[found.positions]]
-        self.env[node] = self._gather(self.env[found.source], found.dim, positions, mask, node)
+        places = found.positions[mask[found.positions]]
+        self.env[node] = self._gather(self.env[found.source], found.dim, places, mask, node)
 
     def _rerun(self, node: fx.Node, ids: Tensor, shape):
         outputs = [tuple(v.shape) for v in leaves(node.meta["val"], Tensor)]
@@ -444,6 +442,7 @@ class _Writer:
                 (call.args[1:], call.kwargs),
                 lambda a: a.meta["val"] if isinstance(a, fx.Node) else a,
             )
+            old = positions.standins(old)
             if call.op == "call_module":
                 return self.modules[call.target](x)
             if call.op == "call_method":

@@ -11,7 +11,7 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +35,7 @@ _WORD_SPACES = {
 # the functions of `literals.py`, by the name a rule gives them
 _FIXES = (
     "shape", "sizes", "squeeze", "sections", "chunks", "tensor_split", "narrow", "slice", "select",
-    "index_select", "index", "pad",
+    "index_select", "index", "pad", "repeats",
 )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ class Rule(BaseModel):
     """One entry of a rule file.
 
     ``kind``     what the op does to channels: pointwise, dims, reduce, reshape, move, cat, pad,
-                 fill (makes a uniform tensor), plain (its result carries no channels)
+                 fill (makes a uniform tensor), recurrent, plain (its result carries no channels)
     ``dims``     the letters of each operand and of the output (kind dims)
     ``zero``     whether zeros in give zeros out: keeps, any (one zero operand is enough), no
     ``sizes``    attributes or arguments that hold letters' sizes: read, and rewritten
@@ -81,12 +81,15 @@ class Rule(BaseModel):
     ``ignores``  tensors of which at most shape and dtype are read
     ``averages`` a sum over dims by their size (of a reduction)
     ``joins``    the operands are added up, as the branches of a residual block are
+    ``spreads``  dims of one element may become longer (of a movement)
     ``copies``   the result is never a view of an operand (of a movement)
     ``pins``     arguments whose default hides a letter's size (letter ** -0.5)
     ``defaults`` what arguments are that a call of the function leaves out
     ``when``     what arguments (of a module: attributes) must be for the rule to fit: a value,
                  ``none``, ``tensor``, ``bool``, ``number``, a comparison (``"> 0"``), or a list of
                  which one holds
+    ``still``    letters that are another, ``{"*t": "*s"}``, where ``still_when`` holds: a kernel of
+                 one element moves nothing
     ``macs``     letters whose product is the op's multiply-accumulates
     ``slimming`` operations an element of the first operand in Network Slimming's FLOPs, beside macs
     ``fix``      how literals in a call of a movement are corrected
@@ -107,6 +110,7 @@ class Rule(BaseModel):
         "pad",
         "fill",
         "assign",
+        "recurrent",
         "plain",
     ]
     words: tuple[str, ...] = ()
@@ -125,6 +129,7 @@ class Rule(BaseModel):
     averages: bool = False
     joins: bool = False
     copies: bool = False
+    spreads: bool = False
     keeps_dims: bool = False
     scales: str | None = None
     adds: tuple[str, ...] = ()
@@ -135,6 +140,8 @@ class Rule(BaseModel):
     slimming: int = 0
     defaults: dict[str, Any] = Field(default_factory=dict)
     when: dict[str, Any] = Field(default_factory=dict)
+    still: dict[str, str] = Field(default_factory=dict)
+    still_when: dict[str, Any] = Field(default_factory=dict)
     fix: str | None = None
     new_dim: bool = False
     samples: tuple[Sample, ...] = ()
@@ -186,6 +193,22 @@ class Rule(BaseModel):
     @property
     def pattern(self) -> pattern.Pattern:
         return _parse(self.dims or "")
+
+    def standing(self, attributes: Mapping[str, Any]) -> Rule:
+        """The rule for a call with these arguments, its ``still`` letters replaced if they are."""
+        holds = self.still and all(_holds(v, attributes.get(k)) for k, v in self.still_when.items())
+        return self._still if holds else self
+
+    @cached_property
+    def _still(self) -> Rule:
+        """The rule in which the letters of ``still`` are those they are said to be."""
+        dims, _, equal = (self.dims or "").partition(";")
+        macs = self.macs
+        for old, new in self.still.items():
+            dims, macs = dims.replace(old, new), macs.replace(old, new)
+        stars = [star for star in map(str.strip, equal.split("=")) if star not in ("", *self.still)]
+        dims += f"; {' = '.join(stars)}" if len(stars) > 1 else ""
+        return self.model_copy(update={"dims": dims, "macs": macs})
 
 
 @cache
@@ -270,6 +293,8 @@ def _holds(wanted: Any, value: Any) -> bool:
     value = value.meta.get("val") if isinstance(value, fx.Node) else value
     if isinstance(wanted, list):
         return any(_holds(each, value) for each in wanted)
+    if isinstance(value, (list, tuple)) and isinstance(wanted, int):
+        return all(_holds(wanted, each) for each in value)
     if isinstance(value, torch.Tensor):
         return wanted == "tensor"
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -156,7 +156,7 @@ def cat(m, x):
     return pooled(m, torch.cat([m.a(x), m.b(x)], 1))
 
 
-@case(8 + 6, a=conv(3, 8), b=conv(11, 6), frozen={"b": "is made by no parameter"}, fc=fc(6))
+@case(8 + 6, a=conv(3, 8), b=conv(11, 6), fc=fc(6))
 def cat_with_the_input(m, x):
     return pooled(m, m.b(torch.cat([m.a(x), x], 1)))
 
@@ -516,7 +516,7 @@ def conv3d_excursion(m, x):
     return pooled(m, m.a(x.unsqueeze(2)).squeeze(2))
 
 
-@case(8, a=conv(3, 8), r=nn.LSTM(8, 6, batch_first=True), fc=fc(6))
+@case(8 + 6, a=conv(3, 8), r=nn.LSTM(8, 6, batch_first=True), fc=fc(6))
 def lstm_reads_channels(m, x):
     return m.fc(m.r(m.a(x).mean(2).transpose(1, 2))[0])
 

@@ -846,7 +846,7 @@ def batch_norm_betas(m, x):
 
 
 @structure(
-    image(), half="a 4, l.weight_ih_l0 20", a=conv(3, 8), l=nn.LSTM(8, 5, batch_first=True),
+    image(), half="a 4, l.weight_ih_l0 12", a=conv(3, 8), l=nn.LSTM(8, 5, batch_first=True),
     o=nn.Linear(5, 2),
 )
 def lstm_head(m, x):

@@ -239,7 +239,7 @@ def narrowed(model: nn.Module, kept: Mapping[str, Mapping[int, Any]]) -> nn.Modu
     for module in made.modules():
         if isinstance(module, nn.LayerNorm):
             module.normalized_shape = tuple(module.weight.shape)
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+        if isinstance(module, (nn.Conv1d, nn.Conv2d)) and module.groups == module.in_channels > 1:
             module.groups = module.weight.shape[0] // (module.out_channels // module.in_channels)
     return made
 
@@ -279,7 +279,9 @@ def assert_slices(
     """Every tensor of `pruned` is the slice of the original's that `kept` names."""
     old = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, new in {**dict(pruned.named_parameters()), **dict(pruned.named_buffers())}.items():
-        if name not in old:  # constants of the graph
+        if name not in old or name.startswith(
+            ("_gather_", "_scatter_", "_kept_")
+        ):  # constants of the graph
             continue
         dims = kept.get(name, {})
         whole = old[name]
@@ -290,6 +292,18 @@ def assert_slices(
             assert torch.equal(whole, new), name
         else:
             assert new.shape[0] == len(dims.get(0, range(whole.shape[0]))), name
+
+
+def assert_attributes(pruned: nn.Module) -> None:
+    """Every linear layer and convolution says of itself what its weight is."""
+    for name, module in pruned.named_modules():
+        if isinstance(module, nn.Linear):
+            said: tuple = (module.out_features, module.in_features)
+        elif type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+            said = (module.out_channels, module.in_channels // module.groups)
+        else:
+            continue
+        assert said == module.weight.shape[:2], name
 
 
 def assert_exact(
@@ -317,6 +331,7 @@ def assert_exact(
             "dropped nothing that counts"
         )
     assert_slices(model, pruned, plan.kept)
+    assert_attributes(pruned)
     after = model.state_dict()
     assert before.keys() == after.keys() and all(
         torch.equal(v, after[k]) for k, v in before.items()
@@ -438,9 +453,10 @@ def unfold_attention(m, x):
 
 @odd(
     image(), a=conv(3, 8), r=conv(8, 6, 1), s=conv(6, 2 * 9, 1), o=conv(8, 2, 1),
-    half="a 4, r 3, s 9",
+    half="a 4, r 3, s 18", frozen="meets a constant",
 )
 def involution(m, x):
+    """Channels go evenly from both blocks; what the kernels hold for positions stays."""
     x = m.a(x)
     n, c, h, w = x.shape
     kernel = m.s(F.relu(m.r(x))).view(n, 2, 9, h, w).unsqueeze(2)
@@ -1903,7 +1919,7 @@ def partial_residual(m, x):
 
 @odd(
     image(), s=conv(3, 6), a=conv(6, 8), b=conv(8, 12), o=conv(12, 2),
-    frozen="is assigned to in part", half="s 3",
+    half="s 3, a 4, b 6",
 )
 def partial_residual_in_place(m, x):
     x = m.a(m.s(x))
@@ -2475,8 +2491,7 @@ def mask_set_to_token(m, x):
     return m.o(y)
 
 
-@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), half="s 3",
-     frozen="single elements")
+@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), half="s 3, a 4")
 def rows_set_by_positions(m, x):
     y = m.a(m.s(x))
     y[:, x[0, :, 0].argsort()[:2]] = 0.0
@@ -2505,3 +2520,269 @@ def mask_of_the_input_set(m, x):
     y = m.a(m.s(x))
     y[x > 0] = 0
     return m.o(y)
+
+
+@odd(image(), a=conv(3, 8), b=conv(4, 4), o=conv(8, 2), half="a 4, b 2")
+def first_channels_assigned(m, x):
+    x = m.a(x).clone()
+    x[:, :4] = m.b(x[:, :4].clone())
+    return m.o(x)
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 4), o=conv(8, 2), half="a 4, b 2")
+def every_other_channel_assigned(m, x):
+    y = m.a(x).permute(0, 2, 3, 1).contiguous()
+    y[..., ::2] = m.b(x).permute(0, 2, 3, 1)
+    return m.o(y.permute(0, 3, 1, 2))
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 4), o=conv(8, 2), half="a 4, b 2")
+def listed_channels_assigned(m, x):
+    y = m.a(x).clone()
+    y[:, [5, 1, 2, 7]] = m.b(x)
+    return m.o(y)
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), half="a 5", frozen="is assigned to in part")
+def single_channels_assigned(m, x):
+    y = m.a(x).clone()
+    y[:, 2] = 0.3
+    y[:, 4:5] = 1
+    return m.o(y)
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), half="a 6", frozen="meets a constant")
+def numbers_and_inputs_assigned(m, x):
+    y = m.a(x).clone()
+    y[:, 2:5] = 0.3
+    y[:, :3, 2:] = x[:, :, 2:]
+    return m.o(y)
+
+
+@odd(tensor(4, 3, 8, 8), a=conv(3, 8), o=conv(8, 2), half="a 4")
+def shifted_in_time(m, x):
+    y = m.a(x).view(2, 2, 8, 8, 8)
+    out = torch.zeros_like(y)
+    out[:, :-1, :2] = y[:, 1:, :2]
+    out[:, 1:, 2:4] = y[:, :-1, 2:4]
+    out[:, :, 4:] = y[:, :, 4:]
+    return m.o(out.view(4, 8, 8, 8))
+
+
+# rows of blocks that have columns of their own
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 6), o=conv(24, 2), half="a 4, b 4")
+def blocks_multiplied_out(m, x):
+    a, b = m.a(x).view(2, 2, 4, 1, 8, 8), m.b(x).view(2, 2, 1, 3, 8, 8)
+    return m.o((a * b).view(2, 24, 8, 8))
+
+
+@odd(image(), a=conv(3, 8), b=conv(3, 6), o=conv(8, 2), half="a 4, b 6", frozen="whole rows")
+def blocks_multiplied_and_summed(m, x):
+    a, b = m.a(x).view(2, 2, 4, 1, 8, 8), m.b(x).view(2, 2, 1, 3, 8, 8)
+    return m.o((a * b).sum(3).view(2, 8, 8, 8))
+
+
+# one element that becomes many
+
+
+@odd(image(), a=conv(3, 8), o=conv(8, 2), f=torch.rand(1, 1, 3, 3), half="a 4")
+def one_filter_for_all(m, x):
+    x = m.a(x)
+    c = x.shape[1]
+    x = F.conv2d(x, m.f.expand(c, -1, -1, -1), padding=1, groups=c)
+    return m.o(F.conv2d(x, m.f.repeat(8, 1, 1, 1), padding=1, groups=c))
+
+
+@odd(image(), a=conv(3, 8), s=conv(8, 1), o=conv(8, 2), half="a 4")
+def gate_repeated(m, x):
+    x = m.a(x)
+    gate = m.s(x).sigmoid()
+    gated = x * gate.repeat(1, 8, 1, 1) + x * gate.expand(-1, 8, -1, -1)
+    return m.o(gated + torch.tile(gate, (8, 1, 1)))
+
+
+@odd(image(), a=conv(3, 8), w=par(6, 8, 3, 3), o=conv(6, 2), half="a 4, w 3")
+def bias_of_zeros(m, x):
+    return m.o(F.conv2d(m.a(x), m.w, torch.zeros(6, dtype=x.dtype), padding=1))
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), t=nn.Conv1d(6, 6, 1), o=nn.Linear(8, 2), half="a 4, t 6")
+def tokens_as_channels(m, x):
+    """A kernel of one element leaves the channels that lie behind alone."""
+    x = m.a(x)
+    return m.o(x + m.t(x))
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def added_at_positions(m, x):
+    x = m.a(x)
+    out = x.new_zeros(2, 4, x.shape[-1])
+    out.index_add_(1, torch.tensor([0, 1, 1, 3, 2, 0]), x)
+    return m.o(out)
+
+
+@odd(
+    tensor(2, 3), a=nn.Linear(3, 4), w=par(1, 3, 4, 5), b=nn.Linear(15, 2), o=nn.Linear(2, 2),
+    half="b 1",
+)
+def width_of_several_layers(m, x):
+    """Rows that stay and columns that go are one dim: `in_features` follows the columns."""
+    x = (m.a(x)[:, None, None, :] @ m.w).squeeze(2)
+    return m.o(m.b((x + x.softmax(1)).flatten(1)))
+
+
+# units of recurrent layers
+
+
+@odd(tensor(2, 7, 3), a=nn.Linear(3, 8), r=nn.LSTM(8, 6), o=nn.Linear(6, 2),
+     half="a 4, r.weight_ih_l0 12, r.weight_hh_l0 12, r.bias_ih_l0 12")
+def lstm_units(m, x):
+    return m.o(m.r(m.a(x))[0])
+
+
+@odd(tensor(2, 7, 3), a=nn.Linear(3, 8), o=nn.Linear(12, 2), half="a 4, r.weight_ih_l1_reverse 9",
+     r=nn.GRU(8, 6, num_layers=2, bidirectional=True, batch_first=True))
+def stacked_both_ways(m, x):
+    """Equally many units of each layer and direction, of other places."""
+    y, _ = m.r(m.a(x))
+    return m.o(torch.cat([y[:, -1, :6], y[:, 0, 6:]], 1))
+
+
+@odd(tensor(2, 7, 3), r=nn.LSTM(3, 6, 2, bidirectional=True), o=nn.Linear(24, 2), c=nn.Linear(6, 2),
+     half="r.weight_ih_l0 12, r.weight_hh_l1_reverse 12")
+def last_states(m, x):
+    _, (h, c) = m.r(x)
+    h = h.permute(1, 0, 2).flatten(1)
+    return m.o(h), m.c(c[-1])
+
+
+@odd(tensor(2, 7, 3), r=nn.LSTM(3, 8, proj_size=6, num_layers=2), o=nn.Linear(6, 2),
+     half="r.weight_ih_l0 16, r.weight_hr_l0 3, r.weight_hh_l1 16")
+def projected_units(m, x):
+    return m.o(m.r(x)[0])
+
+
+@odd(tensor(2, 7, 3), r=nn.GRU(3, 6), s=nn.GRU(6, 6), o=nn.Linear(6, 2),
+     half="r.weight_ih_l0 9, s.weight_hh_l0 9")
+def encoder_and_decoder(m, x):
+    y, h = m.r(x)
+    return m.o(m.s(y, h)[0])
+
+
+@odd(tensor(2, 7, 3), i=nn.Linear(3, 6), r=nn.GRU(3, 6), o=nn.Linear(6, 2),
+     half="i 3, r.weight_hh_l0 9")
+def computed_start(m, x):
+    return m.o(m.r(x, m.i(x.mean(0)).unsqueeze(0))[0])
+
+
+@odd(tensor(2, 7, 3), r=nn.LSTM(3, 6, batch_first=True), o=nn.Linear(6, 2),
+     half="r.weight_ih_l0 12")
+def start_of_zeros(m, x):
+    h = torch.zeros(1, x.size(0), 6, dtype=x.dtype)
+    c = torch.zeros(1, x.size(0), m.r.hidden_size, dtype=x.dtype)
+    return m.o(m.r(x, (h, c))[0][:, -1])
+
+
+@odd(tensor(2, 7, 3), tensor(1, 7, 6), a=nn.Linear(3, 8), r=nn.GRU(8, 6), o=nn.Linear(6, 2),
+     half="a 4, r.weight_ih_l0 18", frozen="starts from a state without channels")
+def start_from_the_input(m, x, h):
+    return m.o(m.r(m.a(x), h)[0])
+
+
+@odd(tensor(2, 7, 3), r=nn.GRU(3, 6), h=par(1, 1, 6), o=nn.Linear(6, 2), half="r.weight_ih_l0 9")
+def learned_start(m, x):
+    return m.o(m.r(x, m.h.expand(-1, x.shape[1], -1).contiguous())[0])
+
+
+@odd(tensor(2, 3, 4), a=nn.Linear(4, 8), r=nn.LSTMCell(8, 6), o=nn.Linear(6, 2),
+     half="a 4, r.weight_hh 12")
+def cell_in_a_loop(m, x):
+    x = m.a(x)
+    h = c = x.new_zeros(x.size(0), 6)
+    for t in range(x.size(1)):
+        h, c = m.r(x[:, t], (h, c))
+    return m.o(h)
+
+
+@odd(tensor(2, 7, 3), r=nn.RNN(3, 6, nonlinearity="relu", bias=False), o=nn.Linear(6, 2),
+     half="r.weight_hh_l0 3")
+def units_added(m, x):
+    y, h = m.r(x)
+    return m.o(y + h)
+
+
+@odd(tensor(5, 7, 3), a=nn.Linear(3, 8), r=nn.GRU(8, 8), o=nn.Linear(8, 2),
+     half="a 4, r.weight_ih_l0 12")
+def one_recurrent_layer_twice(m, x):
+    x = m.a(x)
+    x = x + m.r(x)[0]
+    return m.o(x + m.r(x)[0])
+
+
+@odd(tensor(2, 7, 3), r=nn.LSTM(3, 6, bidirectional=True), k=nn.Linear(6, 4),
+     half="r.weight_ih_l0 12, r.weight_ih_l0_reverse 12",
+     o=nn.Linear(4, 2))
+def ways_summed(m, x):
+    """Both directions must keep the same units."""
+    y, _ = m.r(x)
+    t, n, _ = y.shape
+    return m.o(m.k(y.view(t, n, 2, 6).sum(2)))
+
+
+@odd(tensor(2, 7, 3), a=nn.Linear(3, 8), r=nn.LSTM(8, 6), o=nn.Linear(6, 2),
+     half="a 4, r.weight_ih_l0 24", frozen="the network's output")
+def state_given_out(m, x):
+    y, (h, _) = m.r(m.a(x))
+    return m.o(y), h
+
+
+# positions that are computed, along dims without channels
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def tokens_kept_by_score(m, x):
+    x = m.a(x)
+    best = x.sum(-1).topk(4, 1)[1]
+    taken = torch.gather(x, 1, best.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    again = torch.gather(x, 1, best.unsqueeze(-1).repeat(1, 1, 8))
+    rows = torch.arange(2)[:, None]
+    return m.o(taken + again + x[rows, best] + torch.take_along_dim(x, best[..., None], 1))
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def tokens_in_computed_order(m, x):
+    order = x.mean((0, 2)).argsort()
+    x = m.a(x)
+    there = torch.zeros_like(x)
+    there[:, order] = x.index_select(1, order)
+    there[torch.arange(2), x.sum(-1).argmax(1)] = 0.5
+    return m.o(there + x[:, order] + x.clone().index_copy(1, order, x.flip(1)))
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def tokens_scattered(m, x):
+    where = (x.mean(-1) > 0).long().unsqueeze(-1)
+    x = m.a(x)
+    y = torch.zeros_like(x).scatter(1, x.detach().sum(-1).argsort(1).unsqueeze(-1).expand_as(x), x)
+    z = x.new_zeros(2, 2, 8).scatter_add(1, where.expand(-1, -1, 8), x)
+    most = x.new_zeros(2, 2, 8).scatter_reduce(1, where.expand_as(x), x, "amax", include_self=False)
+    return m.o(torch.cat([y, z, most], 1))
+
+
+@odd(tensor(2, 6, 3), tensor(8), s=nn.Linear(3, 4), a=nn.Linear(4, 8), o=nn.Linear(8, 2),
+     half="s 2, a 8", frozen="by computed positions")
+def channels_in_computed_order(m, x, y):
+    return m.o(m.a(m.s(x))[..., y.argsort()])
+
+
+@odd(tensor(2, 6, 3), a=nn.Linear(3, 8), o=nn.Linear(8, 2), half="a 4")
+def waves_of_position(m, x):
+    """Sines and cosines assigned to every other channel, of another dtype."""
+    x = m.a(x)
+    table = torch.zeros(6, 8, dtype=x.dtype)
+    at = torch.arange(6)[:, None]
+    table[:, 0::2] = torch.sin(at / 10.0)
+    table[:, 1::2] = torch.cos(at / 10.0)
+    return m.o(x + table)
