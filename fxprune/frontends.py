@@ -35,8 +35,14 @@ def _symbolic(model: nn.Module, inputs: Inputs, rules: Rules) -> fx.GraphModule:
     return trace(model, inputs.args, inputs.kwargs, rules=rules)
 
 
+def _export(model: nn.Module, inputs: Inputs, rules: Rules) -> fx.GraphModule:
+    from .export import export  # torch.export takes a second to import
+
+    return export(model, inputs.args, inputs.kwargs, rules=rules)
+
+
 # in the order in which they are tried: each takes more than the one before, and costs more
-WAYS: Mapping[str, Way] = {"symbolic": _symbolic}
+WAYS: Mapping[str, Way] = {"symbolic": _symbolic, "export": _export}
 
 
 def traced(

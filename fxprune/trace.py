@@ -50,7 +50,7 @@ _DUNDERS = {
 _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension", "stride"}
 _SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
 _TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
-_GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
+GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
 _OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
 
 
@@ -64,14 +64,21 @@ def trace(
     number) and ``meta["source"]`` (file, line and function). The model is not changed. Raises
     `TraceError` where the forward depends on values, `InputError` where the inputs do not fit.
     """
+    return traced_by(Tracer, model, args, kwargs or {}, rules)
+
+
+def traced_by(
+    kind: type[Tracer], model: nn.Module, args: tuple, kwargs: dict[str, Any], rules: Rules
+) -> fx.GraphModule:
+    """What `trace` promises, by a tracer of this kind."""
     try:
-        tracer = _Tracer(model, rules)
-        tracer.trace(args, kwargs or {})
-    except InputError as error:
+        tracer = kind(model, rules)
+        tracer.trace(args, kwargs)
+    except (InputError, TraceError) as error:
         if TracedFlag.__name__ not in error.fault:  # C++ code that wants a bool, not an int
             raise
-        tracer = _Tracer(model, rules, flags=False)
-        tracer.trace(args, kwargs or {})
+        tracer = kind(model, rules, flags=False)
+        tracer.trace(args, kwargs)
     graph_module = _Unwritten(
         _Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__
     )
@@ -149,7 +156,9 @@ def _unshared(value: Any, known: dict[int, Any]) -> Any:
     return known[id(value)]
 
 
-class _Tracer(TorchFunctionMode):
+class Tracer(TorchFunctionMode):
+    """Runs a model and writes down what it calls, as nodes of ``graph``."""
+
     def __init__(self, model: nn.Module, rules: Rules, *, flags: bool = True):
         super().__init__()
         self.flags = flags  # whether the `training` flags are remembered
@@ -229,8 +238,12 @@ class _Tracer(TorchFunctionMode):
             self.notes.append((_TRAINING, None))
         self.finish(output)
 
+    def source(self) -> Source | None:
+        """Where the call comes from that is being written down."""
+        return _source()
+
     def note(self, text: str) -> None:
-        self.notes.append((text, _source()))
+        self.notes.append((text, self.source()))
 
     def note_number(self, number: Any) -> None:
         """A number whose history ends here; torch's own code may ask for flags."""
@@ -240,6 +253,16 @@ class _Tracer(TorchFunctionMode):
             self.note(_TRAINING)
 
     def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        bound = self.bind(args, kwargs)
+        try:
+            return self.model(*bound.args, **bound.kwargs)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            raise self.failed(error) from error
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        """The arguments of forward with what placeholders give in place of the example inputs."""
         try:
             bound = inspect.signature(self.original.forward).bind(*args, **kwargs)
         except TypeError as error:
@@ -260,12 +283,7 @@ class _Tracer(TorchFunctionMode):
                 bound.arguments[name] = {key: self.placeholder(key, v) for key, v in value.items()}
             else:
                 bound.arguments[name] = self.placeholder(name, value)
-        try:
-            return self.model(*bound.args, **bound.kwargs)
-        except FxpruneError:
-            raise
-        except Exception as error:
-            raise self.failed(error) from error
+        return bound
 
     def failed(self, error: Exception) -> FxpruneError:
         frames = inspect.trace()
@@ -360,7 +378,7 @@ class _Tracer(TorchFunctionMode):
             if found is not NotImplemented:
                 return found
         if isinstance(func, types.FunctionType) and self.rule_of(func, args, kwargs) is None:
-            body = _body_of(func)
+            body = body_of(func)
             if body is not None:
                 with self:
                     return body(*args, **kwargs)
@@ -403,7 +421,7 @@ class _Tracer(TorchFunctionMode):
         if not mutates and not has_tensors(value):
             leaves_it = sys._getframe(2).f_code.co_name == "__exit__"
             if func is torch._C._set_grad_enabled and args[0] is False and not leaves_it:
-                self.note(_GRADIENTS)
+                self.note(GRADIENTS)
             return value
         op, target = self.target(func, name, bool(kwargs))
         node = self.create(op, target, self.nodes_of(args), self.nodes_of(kwargs))
@@ -436,7 +454,7 @@ class _Tracer(TorchFunctionMode):
 
     def create(self, op: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs)
-        node.meta["source"] = _source()
+        node.meta["source"] = self.source()
         if self.autocast != _autocast():
             raise TraceError(
                 "forward switches autocast on or off, which a graph cannot hold",
@@ -510,14 +528,14 @@ class _Tracer(TorchFunctionMode):
             if tensor.is_meta:
                 raise TraceError(
                     "a tensor came from code that the tracer cannot see",
-                    details=[("at", describe(_source()))],
+                    details=[("at", describe(self.source()))],
                     hint="scripted functions and C++ calls have no graph; use their Python form",
                 )
             if isinstance(tensor, nn.Parameter):
                 raise ModelError(
                     f"forward uses a parameter of shape {list(tensor.shape)} that is registered "
                     "nowhere in the model",
-                    details=[("at", describe(_source()))],
+                    details=[("at", describe(self.source()))],
                     hint="keep layers in nn.ModuleList or nn.ModuleDict, not in a plain list",
                 )
             name = f"_tensor_constant{len(self.tensor_constants)}"
@@ -668,7 +686,7 @@ def _is_decomposition(file: str) -> bool:
     return file.startswith(_DECOMPOSITIONS)
 
 
-def _body_of(func: types.FunctionType) -> Callable | None:
+def body_of(func: types.FunctionType) -> Callable | None:
     """A functional's body without its dispatch to modes, so that the calls inside are seen."""
     if func.__module__ != "torch.nn.functional":
         return None
@@ -714,12 +732,17 @@ def mutates(node: fx.Node) -> bool:
 Source = tuple[str, int, str]
 
 
+def is_users(file: str) -> bool:
+    """Whether code is neither torch's nor ours."""
+    return not file.startswith((_OWN, _TORCH, _NUMPY)) and file[0] != "<"
+
+
 def _source() -> Source | None:
     """File, line and function of the nearest frame that is neither torch's nor ours."""
     frame: types.FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_OWN, _TORCH, _NUMPY)) and name[0] != "<":
+        if is_users(name):
             return name, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back
     return None
