@@ -12,26 +12,45 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import logging
+import math
 import operator
 import re
 import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.utils import _pytree as pytree
 
-from . import opaque, sizes
+from . import shapes, sizes
 from .errors import FxpruneError, TraceError
+from .meta import OnMeta
+from .opaque import Call, Calls, arguments, computed, is_open, mapped_arguments, merged, op
 from .rules import Rules
-from .sizes import Traced, TracedFlag, TracedInt
-from .trace import GRADIENTS, Source, Tracer, body_of, describe, is_users, traced_by
+from .sizes import Traced, TracedInt, TracedSize
+from .trace import (
+    GRADIENTS,
+    OWN_BACKWARD,
+    Source,
+    Tracer,
+    body_of,
+    custom_function,
+    describe,
+    is_users,
+    nearest_source,
+    property_of,
+    traced_by,
+)
 from .trees import leaves, mapped
 
-_FIXED = "exported for sizes {} of `{}`: the pruned network takes no others where a number stands"
+_BATCH = "torch.export fixed the size of the inputs' first dim: the pruned network takes no other"
 
 
 def export(
@@ -41,19 +60,61 @@ def export(
 
     Raises `TraceError` where `torch.export` refuses, `InputError` where the inputs do not fit.
     """
-    return traced_by(_Exporter, model, args, kwargs or {}, rules)
+    graph = traced_by(_Exporter, model, args, kwargs or {}, rules)
+    if _is_for_one_batch(graph, rules):
+        graph.meta["fxprune_notes"].append((_BATCH, None))
+    return graph
+
+
+def _is_for_one_batch(graph: fx.GraphModule, rules: Rules) -> bool:
+    """Whether the graph does not run on inputs twice as long in the first dim."""
+    given = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    (output,) = (node.meta["val"] for node in graph.graph.nodes if node.op == "output")
+    firsts = {t.shape[0] for t in leaves(given, torch.Tensor) if t.ndim}
+    if len(firsts) != 1:
+        return False
+    wanted = [
+        _doubled(t, firsts).shape for t in _open_leaves(output) if isinstance(t, torch.Tensor)
+    ]
+    try:
+        with OnMeta(partial(shapes.of_call, rules)), torch.no_grad():
+            found = _OnShapes(graph, rules).run(*mapped(lambda v: _doubled(v, firsts), given))
+    except Exception:  # of whatever kind, it does not run
+        return True
+    return wanted != [t.shape for t in _open_leaves(found) if isinstance(t, torch.Tensor)]
+
+
+def _doubled(value: Any, firsts: Container[int]) -> Any:
+    if not isinstance(value, torch.Tensor) or not value.ndim or value.shape[0] not in firsts:
+        return value
+    with torch._C.DisableTorchFunction():
+        return value.new_empty((2 * value.shape[0], *value.shape[1:]), device="meta")
+
+
+class _OnShapes(fx.Interpreter):
+    """Runs a graph for its shapes."""
+
+    def __init__(self, graph: fx.GraphModule, rules: Rules):
+        super().__init__(graph)
+        self.rules = rules
+
+    def call_module(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+        module = self.submodules[target]
+        with torch._C.DisableTorchFunction():
+            found = shapes.of_module(self.rules, module, args, kwargs)
+        return module(*args, **kwargs) if found is None else found
 
 
 class _Root(nn.Module):
     """What is exported: tensors in, tensors out, whatever the model takes and gives."""
 
-    def __init__(self, model: nn.Module, run: Callable[[tuple], list]):
+    def __init__(self, model: nn.Module, run: Callable[[tuple], tuple]):
         super().__init__()
         self.model = model
         self.__dict__["run"] = run
 
     def forward(self, *tensors: torch.Tensor) -> tuple:
-        return tuple(self.run(tensors))
+        return self.run(tensors)
 
 
 class _Exporter(Tracer):
@@ -62,7 +123,9 @@ class _Exporter(Tracer):
     def __init__(self, model: nn.Module, rules: Rules, *, flags: bool = True):
         super().__init__(model, rules, flags=flags)
         self.running = False  # whether the model runs, inside `torch.export`
-        self.calls = opaque.Calls()
+        self.recorded = fx.Graph()  # the export's own
+        self.sized = True  # whether sizes that Python code asks for are traced
+        self.calls = Calls()
         self.failure: FxpruneError | None = None
         self.output: Any = None  # as the model gave it inside the export
         self.here: Source | None = None  # where the op being called again stands
@@ -71,60 +134,60 @@ class _Exporter(Tracer):
     def trace(self, args: tuple, kwargs: dict[str, Any]) -> None:
         bound = self.bind(args, kwargs)
         given = (bound.args, bound.kwargs)
-        program = self.exported(given)
+        inputs = leaves(given, torch.Tensor)
+        program = self.exported(given, inputs)
         with torch.no_grad():
-            output = _Replay(self, program).output(leaves(given, torch.Tensor))
+            output = _Replay(self, program).output(inputs)
         self.finish(output)
+
+    def source(self) -> Source | None:
+        return nearest_source() if self.running else self.here
 
     # -- exporting -------------------------------------------------------------------------------
 
-    def exported(self, given: Any) -> Any:
-        """The exported program; sizes of inputs are left open where they can be."""
-        try:
-            return self.exported_with(given, dynamic=True)
-        except TraceError:
-            return self.exported_with(given, dynamic=False)
+    def exported(self, given: Any, inputs: Sequence[torch.Tensor]) -> Any:
+        """The exported program, of the first way that works: what follows knows less of sizes."""
+        known = len(self.notes)
+        for self.sized, batch in ((True, True), (False, True), (False, False)):
+            del self.notes[known:]
+            self.calls, self.failure = Calls(), None
+            try:
+                return self.exported_with(given, inputs, batch)
+            except Exception as error:
+                last = self.failure or self.refused(error)
+        raise last from None
 
-    def exported_with(self, given: Any, *, dynamic: bool) -> Any:
+    def exported_with(self, given: Any, inputs: Sequence[torch.Tensor], batch: bool) -> Any:
+        """With the batch's size left open, or none."""
         device = _device_of(self.original)
         tensors = tuple(
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
-            for t in leaves(given, torch.Tensor)
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in inputs
         )
-        auto = [{d: torch.export.Dim.AUTO for d in range(t.ndim)} for t in tensors]
-        self.calls = opaque.Calls()
-        root = _Root(self.model, lambda fakes: self.run_model(given, fakes)).eval()
-        try:
-            with torch.no_grad(), warnings.catch_warnings(), self.leaves_hooked():
-                warnings.simplefilter("ignore")
-                shapes: Any = {"tensors": tuple(auto)} if dynamic else None
-                return torch.export.export(root, tensors, dynamic_shapes=shapes, strict=False)
-        except Exception as error:
-            raise self.failure or self.refused(error) from None
+        first = tuple({0: torch.export.Dim.AUTO} if t.ndim else {} for t in tensors)
+        dims: Any = {"tensors": first} if batch else None
+        root = _Root(self.model, lambda fakes: self.run_model(given, fakes))
+        with torch.no_grad(), _silent(), self.leaves_hooked():
+            return torch.export.export(root, tensors, dynamic_shapes=dims, strict=False)
 
-    def run_model(self, given: Any, fakes: Sequence[torch.Tensor]) -> list[Any]:
+    def run_model(self, given: Any, fakes: Sequence[torch.Tensor]) -> tuple:
         """Called inside the export."""
-        args, kwargs = opaque.filled(given, fakes, [])
-        self.failure = None
+        left = iter(fakes)
+        args, kwargs = mapped(lambda v: next(left) if isinstance(v, torch.Tensor) else v, given)
         try:
             with self.listening():
                 self.output = self.model(*args, **kwargs)
-        except FxpruneError as error:
-            self.failure = error
-            raise
         except Exception as error:
-            if not _is_exports(error):
-                self.failure = self.failed(error)
+            if isinstance(error, FxpruneError) or not _is_exports(error):
+                self.failure = error if isinstance(error, FxpruneError) else self.failed(error)
             raise
-        found: list[Any] = []
-        _rebuilt(lambda leaf: found.append(leaf) or leaf, self.output)
-        return [leaf for leaf in found if _is_open(leaf)]
+        return tuple(_open_leaves(self.output))
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         sizes.noted, self.running = self.note_number, True
+        self.recorded = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
         try:
             with self:
                 yield
@@ -134,56 +197,83 @@ class _Exporter(Tracer):
 
     @contextlib.contextmanager
     def leaves_hooked(self) -> Iterator[None]:
-        """Leaf modules, called as opaque."""
+        """Leaf modules pass through the export whole."""
         hooked = [module for module in self.model.modules() if self.is_leaf(module)]
         for module in hooked:
-            module.__dict__["forward"] = self.opaque_forward(module)
+            module.__dict__["forward"] = self.whole(module)
         try:
             yield
         finally:
             for module in hooked:
                 del module.__dict__["forward"]
 
-    def opaque_forward(self, module: nn.Module) -> Callable:
+    def whole(self, module: nn.Module) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if self.calls.inside or not leaves((args, kwargs), torch.Tensor):
+            call = Call(module, args, kwargs, self.source())
+            if self.calls.inside or _in_transform() or not call.operands():
                 return type(module).forward(module, *args, **kwargs)
-            return self.opaque(module, args, kwargs)
+            return self.calls.make(call)
 
         return forward
-
-    def opaque(self, function: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        return self.calls.make(opaque.Call(function, args, kwargs, self.source()))
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         if not self.running:
             return super().__torch_function__(func, _types, args, kwargs)
-        kwargs = kwargs or {}
-        self.listen(func, args)
-        if not self.calls.inside and self.is_opaque(func, args, kwargs):
-            body = body_of(func) if isinstance(func, types.FunctionType) else None
-            if body is None or self.rule_of(func, args, kwargs) is not None:
-                return self.opaque(func, args, kwargs)
+        call = Call(func, args, kwargs or {})
+        if _in_transform() or (getattr(func, "__module__", "") or "").startswith(_TRANSFORMS):
+            return self.placed(call)
+        if args and isinstance(args[0], torch.Tensor):
+            found = self.told(call, args[0])
+            if found is not NotImplemented:
+                return found
+        self.note_losses(call)
+        traced = any(isinstance(leaf, Traced) for leaf in arguments((args, call.kwargs)))
+        rule = self.rule_of(func, args, call.kwargs)
+        if traced and rule is None and isinstance(func, types.FunctionType) and body_of(func):
             with self:
-                return body(*args, **kwargs)
-        return func(*args, **kwargs)
+                return body_of(func)(*args, **call.kwargs)
+        if (traced or (rule is not None and rule.rule.ignores)) and call.operands():
+            call.source = self.source()
+            return self.calls.make(call)
+        return self.placed(call)
 
-    def listen(self, func: Any, args: tuple) -> None:
-        """What the export drops: dtypes that are read, gradients switched off."""
-        if func is _DTYPE:
-            self.dtypes.add(args[0].dtype)
-        elif func is torch._C._set_grad_enabled and args[0] is False:
-            if sys._getframe(2).f_code.co_name != "__exit__":
-                self.note(GRADIENTS)
+    def placed(self, call: Call) -> Any:
+        """Make a call; what the export records of it is told where it stands."""
+        nodes = self.recorded.nodes
+        last = next(iter(reversed(nodes)), None)
+        args, kwargs = mapped_arguments(computed, (call.args, call.kwargs))
+        found = call.function(*args, **kwargs)
+        for node in reversed(nodes):
+            if node is last:
+                break
+            node.stack_trace = _as_text(self.source())
+        return found
 
-    def is_opaque(self, func: Any, args: tuple, kwargs: dict[str, Any]) -> bool:
-        """Whether a call is passed flags, or a tensor that is only asked for its dtype."""
-        if not leaves((args, kwargs), torch.Tensor):
-            return False
-        if any(isinstance(leaf, Traced) for leaf in pytree.tree_leaves((args, kwargs))):
-            return True
-        use = self.rule_of(func, args, kwargs)
-        return use is not None and bool(use.rule.ignores)
+    def told(self, call: Call, tensor: torch.Tensor) -> Any:
+        """Sizes as traced numbers; a dtype is remembered."""
+        prop = property_of(call.function)
+        if prop == "dtype":
+            self.dtypes.add(tensor.dtype)
+        if not self.sized or prop not in ("shape", "size", "numel", "nelement"):
+            return NotImplemented
+        with torch._C.DisableTorchFunction():
+            shape = [_hint(n) for n in tensor.shape]
+        if None in shape:
+            return NotImplemented
+        if prop in ("numel", "nelement"):
+            return TracedInt(math.prod(shape), ("numel", tensor))
+        size = TracedSize(TracedInt(n, ("size", tensor, i)) for i, n in enumerate(shape))
+        dim = call.kwargs.get("dim", call.args[1] if len(call.args) > 1 else None)
+        return size if dim is None or prop == "shape" else size[dim]
+
+    def note_losses(self, call: Call) -> None:
+        """What of the gradients the export does not hold."""
+        off = call.function is torch._C._set_grad_enabled and call.args[0] is False
+        if off and sys._getframe(2).f_code.co_name != "__exit__":
+            self.note(GRADIENTS)
+        owner = custom_function(sys._getframe(2))
+        if owner:
+            self.note(OWN_BACKWARD.format(owner))
 
     def refused(self, error: Exception) -> TraceError:
         """What `torch.export` says, in short."""
@@ -197,17 +287,33 @@ class _Exporter(Tracer):
             "or prune the part of the model before it",
         )
 
-    # -- calling again ---------------------------------------------------------------------------
 
-    def source(self) -> Source | None:
-        return super().source() if self.running else self.here
-
-
-_DTYPE = torch.Tensor.dtype.__get__  # type: ignore[attr-defined]
+def _hint(size: Any) -> int | None:
+    """The size that an open one has in the example; None where that is not known."""
+    return size if isinstance(size, int) else getattr(size.node, "hint", None)
 
 
-def _is_open(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) or opaque.is_symbol(leaf)
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without what the export logs: what matters of it is raised."""
+    known = logging.root.manager.loggerDict
+    heard = [each for name, each in known.items() if name.startswith("torch.")]
+    loggers = [each for each in heard if isinstance(each, logging.Logger) and not each.disabled]
+    try:
+        for logger in loggers:
+            logger.disabled = True
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger in loggers:
+            logger.disabled = False
+
+
+def _open_leaves(output: Any) -> list[Any]:
+    found: list[Any] = []
+    _rebuilt(lambda leaf: found.append(leaf) or leaf, output)
+    return [leaf for leaf in found if is_open(leaf)]
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -238,6 +344,37 @@ def _rebuilt(fn: Callable[[Any], Any], value: Any) -> Any:
     return pytree.tree_map(leaf, value)
 
 
+_TRANSFORMS = ("torch._functorch", "torch._C._functorch")
+
+
+def _in_transform() -> bool:
+    """Whether code runs under `torch.func`, where tensors are others than those recorded."""
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+def _as_text(source: Source | None) -> str:
+    return 'File "{}", line {}, in {}'.format(*source) if source else ""
+
+
+def _is_transform(node: fx.Node) -> bool:
+    return getattr(node.target, "__module__", "") == "torch._functorch.predispatch"
+
+
+def _region(first: fx.Node, more: Iterator[fx.Node]) -> list[fx.Node]:
+    """The nodes from where a transform of `torch.func` begins to where it ends."""
+    found, depth = [first], _step(first)
+    while depth or not _step(found[-1]):
+        found.append(next(more))
+        depth += _step(found[-1])
+    return found
+
+
+def _step(node: fx.Node) -> int:
+    """How many transforms a node enters."""
+    name = getattr(node.target, "__name__", "")
+    return name.endswith("increment_nesting") - name.endswith("decrement_nesting")
+
+
 _FRAME = re.compile(r'File "(.+?)", line (\d+), in (\S+)')
 
 
@@ -261,7 +398,7 @@ class _Replay:
         found = iter(self.run(self.program.graph_module, self.placeholders(inputs)))
 
         def value(leaf: Any) -> Any:
-            return next(found) if _is_open(leaf) else leaf
+            return next(found) if is_open(leaf) else leaf
 
         return _rebuilt(value, self.tracer.output)
 
@@ -286,8 +423,19 @@ class _Replay:
             if spec.target is None:
                 found.append(next(given))
             else:
-                found.append(own[name] if name in own else self.program.constants[spec.target])
+                found.append(own[name] if name in own else self.constant(spec.target))
         return found
+
+    def constant(self, name: str) -> Any:
+        """A tensor that forward made, or took from elsewhere; not one of data, taken for one."""
+        found = self.program.constants[name]
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(found)
+        if not wrapped and not isinstance(found, FakeTensor):
+            return found
+        raise TraceError(
+            f"torch.export took what {type(self.tracer.original).__name__} computes for constant",
+            hint="gradients inside forward have no graph; prune the part of the model before them",
+        )
 
     def run(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         left, env = iter(inputs), {}
@@ -295,16 +443,45 @@ class _Replay:
         def known(args: Any) -> Any:
             return fx.node.map_aggregate(args, lambda a: env[a] if isinstance(a, fx.Node) else a)
 
-        for node in module.graph.nodes:
+        nodes = iter(module.graph.nodes)
+        for node in nodes:
             if node.op == "output":
                 return known(node.args[0])
             if node.op == "placeholder":
                 env[node] = next(left)
             elif node.op == "get_attr":
                 env[node] = operator.attrgetter(node.target)(module)
+            elif _is_transform(node):
+                self.transformed(_region(node, nodes), env)
             else:
                 env[node] = self.called(node, known(node.args), known(node.kwargs))
         raise AssertionError("a graph ends in its output")
+
+    def transformed(self, region: Sequence[fx.Node], env: dict[fx.Node, Any]) -> None:
+        """Nodes under a transform of `torch.func`: traced once more, so that it dissolves."""
+        inside = set(region)
+        inputs = {arg for node in region for arg in node.all_input_nodes} - inside
+        read = [arg for arg in env if arg in inputs]
+        given = [node for node in region if set(node.users) - inside]
+
+        def run(*values: Any) -> list[Any]:
+            own = dict(zip(read, values, strict=True))
+            for node in region:
+                args, kwargs = fx.node.map_aggregate(
+                    (node.args, node.kwargs),
+                    lambda a: own.get(a, a) if isinstance(a, fx.Node) else a,
+                )
+                own[node] = node.target(*args, **kwargs)
+            return [own[node] for node in given]
+
+        self.tracer.here = next(filter(None, map(_source_of, region)), None)
+        values = [sizes.plain(env[node]) for node in read]
+        metas = [
+            torch.empty_like(v, device="meta") if isinstance(v, torch.Tensor) else v for v in values
+        ]
+        with _silent():
+            dissolved = make_fx(run, tracing_mode="symbolic")(*metas)
+        env.update(zip(given, self.run(dissolved, [env[node] for node in read]), strict=True))
 
     def called(self, node: fx.Node, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.tracer.here = _source_of(node)
@@ -323,13 +500,21 @@ class _Replay:
     def plain(self, value: Any) -> Any:
         """Arguments as the tracer takes them."""
         if isinstance(value, (list, tuple)):
-            return [*map(self.plain, value)] if isinstance(value, list) else tuple(map(self.plain, value))
+            return (
+                [*map(self.plain, value)]
+                if isinstance(value, list)
+                else tuple(map(self.plain, value))
+            )
         if isinstance(value, dict):
             return {key: self.plain(each) for key, each in value.items()}
-        return torch.device("meta") if value == self.device and isinstance(value, torch.device) else value
+        return (
+            torch.device("meta")
+            if value == self.device and isinstance(value, torch.device)
+            else value
+        )
 
     def call(self, target: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        if target is opaque.op():
+        if target is op():
             return self.opaque(*args)
         if isinstance(target, torch._ops.HigherOrderOperator):
             return self.region(target.name(), args)
@@ -345,7 +530,8 @@ class _Replay:
     def opaque(self, index: int, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
         call = self.tracer.calls.calls[index]
         self.tracer.here = call.source
-        args, kwargs = call.filled(tensors, numbers)
+        operands = merged(call.operands(), tensors, numbers)
+        args, kwargs = call.with_operands(operands, lambda number: number)
         if isinstance(call.function, nn.Module):
             with self.tracer.patched():
                 found = call.function(*args, **kwargs)

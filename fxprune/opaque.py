@@ -7,7 +7,7 @@ here, and can be made again later. While the model is exported it runs on fake t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,15 +15,15 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .sizes import plain
-from .trees import leaves, mapped
+from .sizes import Traced, plain, retraced
+from .trees import leaves
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
-def is_symbol(value: Any) -> bool:
-    """Whether a number stands for a size that the export leaves open."""
-    return isinstance(value, _SYMBOLS)
+def is_open(value: Any) -> bool:
+    """Whether the export records what computes this value: a tensor, or a size it leaves open."""
+    return isinstance(value, (torch.Tensor, *_SYMBOLS))
 
 
 @dataclass
@@ -33,32 +33,75 @@ class Call:
     function: Any
     args: tuple
     kwargs: dict[str, Any]
-    source: Any
+    source: Any = None
     result: Any = None
 
-    def run(self, tensors: Sequence[torch.Tensor], numbers: Sequence[Any]) -> list[torch.Tensor]:
-        args, kwargs = mapped(plain, self.filled(tensors, numbers))
+    def operands(self) -> list[Any]:
+        """Tensors and open numbers among the arguments, and tensors whose sizes are arguments."""
+        found: dict[int, Any] = {}
+        for leaf in arguments((self.args, self.kwargs)):
+            for each in _tensors_of(leaf) if isinstance(leaf, Traced) else [leaf]:
+                if is_open(each):
+                    found[id(each)] = each
+        return list(found.values())
+
+    def with_operands(self, new: Sequence[Any], number: Callable[[Any], Any]) -> Any:
+        """The arguments with other operands; `number` gives what takes a traced number's place."""
+        known = dict(zip(map(id, self.operands()), new, strict=True))
+
+        def replaced(leaf: Any) -> Any:
+            if isinstance(leaf, Traced):
+                return number(retraced(leaf, known))
+            return known.get(id(leaf), leaf)
+
+        return mapped_arguments(replaced, (self.args, self.kwargs))
+
+    def run(self, operands: Sequence[Any]) -> list[torch.Tensor]:
+        args, kwargs = self.with_operands(operands, computed)
         function = self.function
         if isinstance(function, nn.Module):
             function = functools.partial(type(function).forward, function)
         self.result = function(*args, **kwargs)
         return leaves(self.result, torch.Tensor)
 
-    def filled(self, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
-        """Its arguments with other tensors and other open sizes, in order."""
-        return filled((self.args, self.kwargs), tensors, numbers)
+
+def arguments(value: Any) -> list[Any]:
+    """The leaves of arguments; bounds of slices too."""
+    found: list[Any] = []
+    mapped_arguments(found.append, value)
+    return found
 
 
-def filled(value: Any, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
-    """The same containers with other tensors and other open sizes, in order."""
-    tensors_left, numbers_left = iter(tensors), iter(numbers)
+def mapped_arguments(fn: Callable[[Any], Any], value: Any) -> Any:
+    """Arguments with `fn` of each leaf, also of the bounds of slices."""
+    if isinstance(value, slice):
+        return slice(*(mapped_arguments(fn, v) for v in (value.start, value.stop, value.step)))
+    if type(value) in (tuple, list):
+        return type(value)([mapped_arguments(fn, v) for v in value])
+    if type(value) is dict:
+        return {key: mapped_arguments(fn, v) for key, v in value.items()}
+    return pytree.tree_map(fn, value)
 
-    def fill(leaf: Any) -> Any:
-        if isinstance(leaf, torch.Tensor):
-            return next(tensors_left)
-        return next(numbers_left) if is_symbol(leaf) else leaf
 
-    return pytree.tree_map(fill, value)
+def _tensors_of(number: Any) -> Iterator[torch.Tensor]:
+    """The tensors from whose sizes a number was computed."""
+    for part in number.expr:
+        if isinstance(part, Traced):
+            yield from _tensors_of(part)
+        elif isinstance(part, torch.Tensor):
+            yield part
+
+
+def computed(number: Any) -> Any:
+    """A traced number from the open sizes of its tensors."""
+    if not isinstance(number, Traced):
+        return number
+    function, *args = number.expr
+    if function == "size":
+        return args[0].shape[args[1]]
+    if function == "numel":
+        return args[0].numel()
+    return plain(number) if isinstance(function, str) else function(*map(computed, args))
 
 
 @dataclass
@@ -71,19 +114,29 @@ class Calls:
     def make(self, call: Call) -> Any:
         """Make a call through the op; what it gives is recorded as the op's."""
         global _current
-        tensors = leaves((call.args, call.kwargs), torch.Tensor)
-        numbers = [n for n in pytree.tree_leaves((call.args, call.kwargs)) if is_symbol(n)]
         _current = self
+        operands = call.operands()
+        tensors = [each for each in operands if isinstance(each, torch.Tensor)]
+        numbers = [each for each in operands if not isinstance(each, torch.Tensor)]
         self.calls.append(call)
-        made = op()(len(self.calls) - 1, tensors, numbers)
-        return filled(call.result, made, [])
+        made = iter(op()(len(self.calls) - 1, tensors, numbers))
+        return pytree.tree_map(
+            lambda leaf: next(made) if isinstance(leaf, torch.Tensor) else leaf, call.result
+        )
 
-    def run(self, index: int, tensors: Sequence[torch.Tensor], numbers: Sequence[Any]) -> Any:
+    def run(self, index: int, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
         self.inside += 1
         try:
-            return self.calls[index].run(tensors, numbers)
+            call = self.calls[index]
+            return call.run(merged(call.operands(), tensors, numbers))
         finally:
             self.inside -= 1
+
+
+def merged(old: Sequence[Any], tensors: Sequence[Any], numbers: Sequence[Any]) -> list[Any]:
+    """New operands in the order of the old ones."""
+    tensors_left, numbers_left = iter(tensors), iter(numbers)
+    return [next(tensors_left if isinstance(x, torch.Tensor) else numbers_left) for x in old]
 
 
 _current = Calls()

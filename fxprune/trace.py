@@ -51,7 +51,7 @@ _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimens
 _SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
 _TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
 GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
-_OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
+OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
 
 
 def trace(
@@ -240,7 +240,7 @@ class Tracer(TorchFunctionMode):
 
     def source(self) -> Source | None:
         """Where the call comes from that is being written down."""
-        return _source()
+        return nearest_source()
 
     def note(self, text: str) -> None:
         self.notes.append((text, self.source()))
@@ -390,9 +390,7 @@ class Tracer(TorchFunctionMode):
     def query(self, func, name: str, args, kwargs):
         """Shapes as traced ints; devices and dtypes remembered with the tensor they are of."""
         tensor = args[0]
-        prop = (
-            getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
-        )
+        prop = property_of(func)
         if prop in ("shape", "size") and id(tensor) in self.nodes:
             size = TracedSize(TracedInt(n, ("size", tensor, i)) for i, n in enumerate(func(tensor)))
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -412,9 +410,9 @@ class Tracer(TorchFunctionMode):
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], _index(args[1]), *args[2:])
         versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
-        owner = _custom_function(sys._getframe(2))
+        owner = custom_function(sys._getframe(2))
         if owner:
-            self.note(_OWN_BACKWARD.format(owner))
+            self.note(OWN_BACKWARD.format(owner))
         if value is NotImplemented:
             value = self.evaluate(func, args, kwargs)
         mutates = func is operator.setitem or name == "__setitem__"
@@ -651,7 +649,7 @@ def _autocast() -> tuple[bool, ...]:
     return tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
-def _custom_function(frame: types.FrameType) -> str:
+def custom_function(frame: types.FrameType) -> str:
     """The `torch.autograd.Function` whose forward runs in a frame, if one does."""
     code = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
@@ -732,14 +730,20 @@ def mutates(node: fx.Node) -> bool:
 Source = tuple[str, int, str]
 
 
+def property_of(func: Any) -> str:
+    """The name of a method, or of the property that a getter reads."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+
+
 def is_users(file: str) -> bool:
     """Whether code is neither torch's nor ours."""
     return not file.startswith((_OWN, _TORCH, _NUMPY)) and file[0] != "<"
 
 
-def _source() -> Source | None:
+def nearest_source() -> Source | None:
     """File, line and function of the nearest frame that is neither torch's nor ours."""
-    frame: types.FrameType | None = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if is_users(name):
