@@ -1,6 +1,8 @@
 """The ways from a model to a graph, and which of them is taken.
 
 ``symbolic``  the model's Python runs on tensors without data, and every call is written down
+``export``    the model runs in `torch.export`, which sees ops that Python code does not show: those
+              of scripted functions, C++ code and `torch.func`; about five times slower
 """
 
 from __future__ import annotations
@@ -72,11 +74,12 @@ def traced(
 def _by_some_way(
     model: nn.Module, inputs: Inputs, rules: Rules, frontend: Frontend | None
 ) -> Traced:
-    first: TraceError | None = None
+    failed: list[tuple[str, TraceError]] = []
     for name in WAYS if frontend is None else (frontend,):
         try:
             return Traced(WAYS[name](model, inputs, rules), inputs, name)  # type: ignore[arg-type]
         except TraceError as error:
-            first = first or error
-    assert first is not None
+            failed.append((name, error))
+    first = failed[0][1]
+    first.details += [(name, error.fault) for name, error in failed[1:]]
     raise first
