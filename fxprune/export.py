@@ -1,10 +1,10 @@
 """The second way to a graph: `torch.export` sees every op that runs, whatever Python calls it.
 
 The model runs once in `torch.export`, which records ops as the dispatcher meets them: those of
-scripted functions, of C++ code and of `torch.func` too. Modules with a rule, and calls that are
-passed a `training` flag, go through it as one opaque op each. Then the exported ops are called
-again under the tracer of `trace`, which writes down its usual graph: the same leaf modules, the
-same names, sizes computed from shapes. All other ops are spelled ``torch.ops.aten``.
+scripted functions, of C++ code and of `torch.func` too, spelled ``torch.ops.aten``. Modules and
+calls with a rule, and calls that are passed a `training` flag or a size, pass through it whole (see
+`opaque`). Then all of this is called again under the tracer of `trace`, which writes down its usual
+graph: the same leaf modules, the same names, sizes computed from shapes.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from . import shapes, sizes
 from .errors import FxpruneError, TraceError
 from .meta import OnMeta
 from .opaque import Call, Calls, arguments, computed, mapped_arguments
-from .retrace import Retracer, device_of, open_leaves, replayed, silent
+from .retrace import Retracer, device_of, replayed, silent
 from .rules import Rules
 from .sizes import Traced, TracedInt, TracedSize
 from .trace import (
     GRADIENTS,
     OWN_BACKWARD,
+    SIZE,
     Source,
     body_of,
     custom_function,
     describe,
     is_users,
-    nearest_source,
     property_of,
     traced_by,
 )
@@ -66,13 +66,17 @@ def _is_for_one_batch(graph: fx.GraphModule, rules: Rules) -> bool:
     firsts = {t.shape[0] for t in leaves(given, torch.Tensor) if t.ndim}
     if len(firsts) != 1:
         return False
-    wanted = [_doubled(t, firsts).shape for t in open_leaves(output) if isinstance(t, torch.Tensor)]
+    wanted = [_doubled(t, firsts).shape for t in _tensors(output)]
     try:
         with OnMeta(partial(shapes.of_call, rules)), torch.no_grad():
             found = _OnShapes(graph, rules).run(*mapped(lambda v: _doubled(v, firsts), given))
     except Exception:  # of whatever kind, it does not run
         return True
-    return wanted != [t.shape for t in open_leaves(found) if isinstance(t, torch.Tensor)]
+    return wanted != [t.shape for t in _tensors(found)]
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in arguments(value) if isinstance(leaf, torch.Tensor)]
 
 
 def _doubled(value: Any, firsts: Container[int]) -> Any:
@@ -127,9 +131,6 @@ class _Exporter(Retracer):
             output = replayed(self, program, inputs)
         self.finish(output)
 
-    def source(self) -> Source | None:
-        return nearest_source() if self.running else super().source()
-
     # -- exporting -------------------------------------------------------------------------------
 
     def exported(self, given: Any, inputs: Sequence[torch.Tensor]) -> Any:
@@ -162,14 +163,15 @@ class _Exporter(Retracer):
         args, kwargs = mapped(lambda v: next(left) if isinstance(v, torch.Tensor) else v, given)
         try:
             with self.listening():
-                self.output = self.model(*args, **kwargs)
+                output = self.model(*args, **kwargs)
         except FxpruneError as error:
             self.failure = error
             raise
         except Exception as error:
             self.failure = None if _is_exports(error) else self.failed(error)
             raise
-        return tuple(open_leaves(self.output))
+        self.output = Call(None, (output,), {})
+        return tuple(computed(each) for each in self.output.operands())
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -218,14 +220,13 @@ class _Exporter(Retracer):
             if found is not NotImplemented:
                 return found
         self.note_losses(call)
+        known = self.rule_of(func, args, call.kwargs) is not None or func is _ASSIGN
         traced = any(isinstance(leaf, Traced) for leaf in arguments((args, call.kwargs)))
-        rule = self.rule_of(func, args, call.kwargs)
-        plain_function = traced and rule is None and isinstance(func, types.FunctionType)
-        body = body_of(func) if plain_function else None
+        body = None if known or not traced else _body_of(func)
         if body is not None:
             with self:
                 return body(*args, **call.kwargs)
-        if (traced or (rule is not None and rule.rule.ignores)) and call.operands():
+        if (known or traced) and call.operands():
             call.source = self.source()
             return self.calls.make(call)
         return self.placed(call)
@@ -243,10 +244,15 @@ class _Exporter(Retracer):
         return found
 
     def told(self, call: Call, tensor: torch.Tensor) -> Any:
-        """Sizes as traced numbers; a dtype is remembered."""
+        """Sizes as traced numbers, tensors of a tensor; a dtype is remembered."""
         prop = property_of(call.function)
         if prop == "dtype":
             self.dtypes.add(tensor.dtype)
+        if prop in ("__len__", "stride"):
+            self.note(SIZE)
+        read = prop != getattr(call.function, "__name__", "")
+        if read and self.rules.of_method(prop) is not None:
+            return self.calls.make(Call(getattr, (tensor, prop), {}, self.source()))
         if not self.sized or prop not in ("shape", "size", "numel", "nelement"):
             return NotImplemented
         with torch._C.DisableTorchFunction():
@@ -270,15 +276,25 @@ class _Exporter(Retracer):
 
     def refused(self, error: Exception) -> TraceError:
         """What `torch.export` says, in short."""
-        name = type(self.original).__name__
+        name, kind = type(self.original).__name__, type(error).__name__
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        where = _user_frame(error)
+        why = (lines or [""])[0].split(". ")[0][:200]
+        fault = f"torch.export refuses {name}: {kind}: {why}"
+        if any(word in kind for word in ("DataDependent", "DynamicOutputShape")):
+            fault = f"{name}.forward depends on the values in a tensor: {why}"
         return TraceError(
-            f"torch.export refuses {name}: {type(error).__name__}: {(lines or [''])[0][:300]}",
-            details=[("at", describe(where))],
+            fault,
+            details=[("at", describe(_user_frame(error)))],
             hint="a graph has one path for all inputs; move what depends on values out of forward, "
             "or prune the part of the model before it",
         )
+
+
+_ASSIGN = torch.Tensor.__setitem__
+
+
+def _body_of(func: Any) -> Callable | None:
+    return body_of(func) if isinstance(func, types.FunctionType) else None
 
 
 def _hint(size: Any) -> int | None:

@@ -6,6 +6,7 @@ here, and can be made again later. While the model is exported it runs on fake t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .sizes import Traced, plain, retraced
-from .trees import leaves
+from .sizes import Traced, TracedSize, plain, retraced
+from .trees import leaves, mapped
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
@@ -35,6 +36,7 @@ class Call:
     kwargs: dict[str, Any]
     source: Any = None
     result: Any = None
+    failed: bool = False  # and forward went on
 
     def operands(self) -> list[Any]:
         """Tensors and open numbers among the arguments, and tensors whose sizes are arguments."""
@@ -73,14 +75,22 @@ def arguments(value: Any) -> list[Any]:
 
 
 def mapped_arguments(fn: Callable[[Any], Any], value: Any) -> Any:
-    """Arguments with `fn` of each leaf, also of the bounds of slices."""
+    """Arguments with `fn` of each leaf, also of bounds of slices and of fields of dataclasses."""
     if isinstance(value, slice):
         return slice(*(mapped_arguments(fn, v) for v in (value.start, value.stop, value.step)))
-    if type(value) in (tuple, list):
-        return type(value)([mapped_arguments(fn, v) for v in value])
+    if type(value) in (tuple, list, TracedSize):
+        made = [mapped_arguments(fn, v) for v in value]
+        return made if isinstance(value, list) else tuple(made)
     if type(value) is dict:
         return {key: mapped_arguments(fn, v) for key, v in value.items()}
-    return pytree.tree_map(fn, value)
+    if dataclasses.is_dataclass(value) and type(value) not in pytree.SUPPORTED_NODES:
+        fields = [f.name for f in dataclasses.fields(value) if f.init]
+        changed = {name: mapped_arguments(fn, getattr(value, name)) for name in fields}
+        return dataclasses.replace(value, **changed)  # type: ignore[type-var]
+    children, spec = pytree.tree_flatten(value, is_leaf=lambda v: v is not value)
+    if spec.is_leaf():
+        return fn(value)
+    return pytree.tree_unflatten([mapped_arguments(fn, v) for v in children], spec)
 
 
 def _tensors_of(number: Any) -> Iterator[torch.Tensor]:
@@ -120,15 +130,20 @@ class Calls:
         numbers = [each for each in operands if not isinstance(each, torch.Tensor)]
         self.calls.append(call)
         made = iter(op()(len(self.calls) - 1, tensors, numbers))
-        return pytree.tree_map(
-            lambda leaf: next(made) if isinstance(leaf, torch.Tensor) else leaf, call.result
-        )
+
+        def recorded(leaf: Any) -> Any:
+            return next(made) if isinstance(leaf, torch.Tensor) else leaf
+
+        return mapped(recorded, call.result)
 
     def run(self, index: int, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
         self.inside += 1
+        call = self.calls[index]
         try:
-            call = self.calls[index]
             return call.run(merged(call.operands(), tensors, numbers))
+        except Exception:
+            call.failed = True
+            raise
         finally:
             self.inside -= 1
 

@@ -8,7 +8,6 @@ transforms of `torch.func`, dissolve into the ops inside.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import operator
 import re
@@ -20,14 +19,13 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from . import sizes
 from .errors import FxpruneError, TraceError
-from .opaque import Calls, is_open, merged, op
+from .opaque import Call, Calls, merged, op
 from .rules import Rules
 from .sizes import Traced, TracedInt
-from .trace import Source, Tracer, describe, is_users
+from .trace import Source, Tracer, describe, is_users, nearest_source
 from .trees import leaves
 
 
@@ -39,10 +37,11 @@ class Retracer(Tracer):
         self.here: Source | None = None  # where the op being called again stands
         self.calls = Calls()
         self.dtypes: set[torch.dtype] = set()  # those that forward asked tensors for
-        self.output: Any = None  # as the model gave it inside the export
+        self.output = Call(None, (), {})  # what the model gave inside the export is its argument
+        self.replaying = False
 
     def source(self) -> Source | None:
-        return self.here
+        return self.here if self.replaying else nearest_source()
 
 
 def replayed(tracer: Retracer, program: Any, inputs: Sequence[torch.Tensor]) -> Any:
@@ -50,6 +49,7 @@ def replayed(tracer: Retracer, program: Any, inputs: Sequence[torch.Tensor]) -> 
 
     Raises `TraceError` where an exported op has no place in a graph.
     """
+    tracer.replaying = True
     try:
         return _Replay(tracer, program).output(inputs)
     except FxpruneError:
@@ -63,6 +63,8 @@ def replayed(tracer: Retracer, program: Any, inputs: Sequence[torch.Tensor]) -> 
             hint="a graph has one path and one shape for all inputs; prune the part of the model "
             "before this line",
         ) from error
+    finally:
+        tracer.replaying = False
 
 
 class _Replay:
@@ -75,12 +77,9 @@ class _Replay:
     def output(self, inputs: Sequence[torch.Tensor]) -> Any:
         """What the model gave, in terms of the tracer's tensors."""
         self.answer(inputs)
-        found = iter(self.run(self.program.graph_module, self.placeholders(inputs)))
-
-        def value(leaf: Any) -> Any:
-            return next(found) if is_open(leaf) else leaf
-
-        return rebuilt(value, self.tracer.output)
+        found = self.run(self.program.graph_module, self.placeholders(inputs))
+        args, _ = self.tracer.output.with_operands(found, _itself)
+        return args[0]
 
     def answer(self, inputs: Sequence[torch.Tensor]) -> None:
         """Devices, and dtypes that were asked for, are those of inputs or parameters."""
@@ -197,9 +196,11 @@ class _Replay:
 
     def opaque(self, index: int, tensors: Sequence[Any], numbers: Sequence[Any]) -> Any:
         call = self.tracer.calls.calls[index]
+        if call.failed:
+            return []
         self.tracer.here = call.source
         operands = merged(call.operands(), tensors, numbers)
-        args, kwargs = call.with_operands(operands, lambda number: number)
+        args, kwargs = call.with_operands(operands, _itself)
         if isinstance(call.function, nn.Module):
             with self.tracer.patched():
                 found = call.function(*args, **kwargs)
@@ -236,29 +237,8 @@ class _Replay:
 _SIZES = {torch.ops.aten.sym_size: "size", torch.ops.aten.sym_numel: "numel"}
 
 
-def rebuilt(fn: Callable[[Any], Any], value: Any) -> Any:
-    """The same structure with `fn` of each leaf; also of dataclasses that pytree does not know."""
-
-    def leaf(found: Any) -> Any:
-        if not dataclasses.is_dataclass(found) or isinstance(found, type):
-            return fn(found)
-        fields = [f.name for f in dataclasses.fields(found) if f.init]
-        made = {name: rebuilt(fn, getattr(found, name)) for name in fields}
-        return dataclasses.replace(found, **made)
-
-    return pytree.tree_map(leaf, value)
-
-
-def open_leaves(output: Any) -> list[Any]:
-    """Tensors and open sizes, in order."""
-    found: list[Any] = []
-
-    def seen(leaf: Any) -> Any:
-        found.append(leaf)
-        return leaf
-
-    rebuilt(seen, output)
-    return [leaf for leaf in found if is_open(leaf)]
+def _itself(number: Any) -> Any:
+    return number
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -48,7 +48,7 @@ _DUNDERS = {
     "neg": operator.neg,
 }
 _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension", "stride"}
-_SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
+SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
 _TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
 GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
 OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
@@ -234,8 +234,6 @@ class Tracer(TorchFunctionMode):
     def trace(self, args: tuple, kwargs: dict[str, Any]) -> None:
         with torch.no_grad(), self.patched():
             output = self.run(args, kwargs)
-        if not self.flags:
-            self.notes.append((_TRAINING, None))
         self.finish(output)
 
     def source(self) -> Source | None:
@@ -248,7 +246,7 @@ class Tracer(TorchFunctionMode):
     def note_number(self, number: Any) -> None:
         """A number whose history ends here; torch's own code may ask for flags."""
         if not isinstance(number, TracedFlag):
-            self.note(_SIZE)
+            self.note(SIZE)
         elif not sys._getframe(2).f_code.co_filename.startswith(_TORCH):
             self.note(_TRAINING)
 
@@ -399,7 +397,7 @@ class Tracer(TorchFunctionMode):
             return TracedInt(tensor.numel(), ("numel", tensor))
         found = func(*args, **kwargs)
         if prop in ("__len__", "stride") and id(tensor) in self.nodes:
-            self.note(_SIZE)
+            self.note(SIZE)
         if prop in ("dtype", "device") and id(tensor) in self.nodes:
             self.asked[found] = self.nodes[id(tensor)]
         if isinstance(found, torch.Tensor):
@@ -591,6 +589,8 @@ class Tracer(TorchFunctionMode):
     # -- the end ---------------------------------------------------------------------------------
 
     def finish(self, output: Any) -> None:
+        if not self.flags:
+            self.notes.append((_TRAINING, None))
         with torch._C.DisableTorchFunction():
             self.graph.output(self.output_of(output))
         for node in self.graph.nodes:
