@@ -66,13 +66,19 @@ def _is_for_one_batch(graph: fx.GraphModule, rules: Rules) -> bool:
     firsts = {t.shape[0] for t in leaves(given, torch.Tensor) if t.ndim}
     if len(firsts) != 1:
         return False
-    wanted = [_doubled(t, firsts).shape for t in _tensors(output)]
     try:
         with OnMeta(partial(shapes.of_call, rules)), torch.no_grad():
             found = _OnShapes(graph, rules).run(*mapped(lambda v: _doubled(v, firsts), given))
     except Exception:  # of whatever kind, it does not run
         return True
-    return wanted != [t.shape for t in _tensors(found)]
+    pairs = zip(_tensors(output), _tensors(found), strict=True)
+    return not all(_follows(old, new, firsts) for old, new in pairs)
+
+
+def _follows(old: torch.Tensor, new: torch.Tensor, firsts: Container[int]) -> bool:
+    """Whether an output's shape is that of twice as many items, or of none of them."""
+    alone = old.shape == new.shape and (not old.ndim or old.shape[0] not in firsts)
+    return alone or tuple(new.shape) == (2 * old.shape[0], *old.shape[1:])
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

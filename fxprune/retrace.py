@@ -8,6 +8,7 @@ transforms of `torch.func`, dissolve into the ops inside.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import operator
 import re
@@ -248,14 +249,14 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextlib.contextmanager
 def silent() -> Iterator[None]:
-    """Without what the export logs: what matters of it is raised."""
+    """Without what the export logs and prints: what matters of it is raised."""
     known = logging.root.manager.loggerDict
     heard = [each for name, each in known.items() if name.startswith("torch.")]
     loggers = [each for each in heard if isinstance(each, logging.Logger) and not each.disabled]
     try:
         for logger in loggers:
             logger.disabled = True
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
