@@ -33,6 +33,7 @@ from .trace import (
     GRADIENTS,
     OWN_BACKWARD,
     SIZE,
+    TRAINING,
     Source,
     body_of,
     custom_function,
@@ -157,8 +158,10 @@ class _Exporter(Retracer):
         tensors = tuple(
             torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in inputs
         )
-        first = tuple({0: torch.export.Dim.AUTO} if t.ndim else {} for t in tensors)
-        dims: Any = {"tensors": first} if batch else None
+        dims: Any = None
+        if batch:
+            auto = torch.export.Dim.AUTO
+            dims = {"tensors": tuple({0: auto} if t.ndim else {} for t in tensors)}
         root = _Root(self.model, lambda fakes: self.run_model(given, fakes))
         with torch.no_grad(), silent(), self.leaves_hooked():
             return torch.export.export(root, tensors, dynamic_shapes=dims, strict=False)
@@ -209,7 +212,10 @@ class _Exporter(Retracer):
     def whole(self, module: nn.Module) -> Callable:
         def forward(*args: Any, **kwargs: Any) -> Any:
             call = Call(module, args, kwargs, self.source())
-            if self.calls.inside or _in_transform() or not call.operands():
+            inside = self.calls.inside or _in_transform()
+            if _in_transform() and "training" in type(module).forward.__code__.co_names:
+                self.note(TRAINING)
+            if inside or not call.operands():
                 return type(module).forward(module, *args, **kwargs)
             return self.calls.make(call)
 

@@ -16,7 +16,9 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .errors import TraceError
 from .sizes import Traced, TracedSize, plain, retraced
+from .trace import describe
 from .trees import leaves, mapped
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -128,6 +130,13 @@ class Calls:
         operands = call.operands()
         tensors = [each for each in operands if isinstance(each, torch.Tensor)]
         numbers = [each for each in operands if not isinstance(each, torch.Tensor)]
+        if not all(isinstance(number, torch.SymInt) for number in numbers):
+            raise TraceError(
+                "forward depends on the values in a tensor",
+                details=[("at", describe(call.source))],
+                hint="a graph has one path for all inputs; move the value-dependent part out of "
+                "forward, or prune the part of the model before it",
+            )
         self.calls.append(call)
         made = iter(op()(len(self.calls) - 1, tensors, numbers))
 

@@ -49,7 +49,7 @@ _DUNDERS = {
 }
 _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension", "stride"}
 SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
-_TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
+TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
 GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
 OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
 
@@ -248,7 +248,7 @@ class Tracer(TorchFunctionMode):
         if not isinstance(number, TracedFlag):
             self.note(SIZE)
         elif not sys._getframe(2).f_code.co_filename.startswith(_TORCH):
-            self.note(_TRAINING)
+            self.note(TRAINING)
 
     def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         bound = self.bind(args, kwargs)
@@ -590,7 +590,7 @@ class Tracer(TorchFunctionMode):
 
     def finish(self, output: Any) -> None:
         if not self.flags:
-            self.notes.append((_TRAINING, None))
+            self.notes.append((TRAINING, None))
         with torch._C.DisableTorchFunction():
             self.graph.output(self.output_of(output))
         for node in self.graph.nodes:
