@@ -31,6 +31,7 @@ from .rules import Rules
 from .sizes import Traced, TracedInt, TracedSize
 from .trace import (
     GRADIENTS,
+    ON_VALUES,
     OWN_BACKWARD,
     SIZE,
     TRAINING,
@@ -150,6 +151,8 @@ class _Exporter(Retracer):
                 return self.exported_with(given, inputs, batch)
             except Exception as error:
                 last = self.failure or self.refused(error)
+            if ON_VALUES in last.fault:
+                break  # whatever is known of sizes
         raise last from None
 
     def exported_with(self, given: Any, inputs: Sequence[torch.Tensor], batch: bool) -> Any:
@@ -293,7 +296,7 @@ class _Exporter(Retracer):
         why = (lines or [""])[0].split(". ")[0][:200]
         fault = f"torch.export refuses {name}: {kind}: {why}"
         if any(word in kind for word in ("DataDependent", "DynamicOutputShape")):
-            fault = f"{name}.forward depends on the values in a tensor: {why}"
+            fault = f"{name}.{ON_VALUES}: {why}"
         return TraceError(
             fault,
             details=[("at", describe(_user_frame(error)))],

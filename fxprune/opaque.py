@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TraceError
 from .sizes import Traced, TracedSize, plain, retraced
-from .trace import describe
+from .trace import ON_VALUES, describe
 from .trees import leaves, mapped
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -132,7 +132,7 @@ class Calls:
         numbers = [each for each in operands if not isinstance(each, torch.Tensor)]
         if not all(isinstance(number, torch.SymInt) for number in numbers):
             raise TraceError(
-                "forward depends on the values in a tensor",
+                ON_VALUES,
                 details=[("at", describe(call.source))],
                 hint="a graph has one path for all inputs; move the value-dependent part out of "
                 "forward, or prune the part of the model before it",

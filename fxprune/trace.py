@@ -50,6 +50,7 @@ _DUNDERS = {
 _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension", "stride"}
 SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
 TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
+ON_VALUES = "forward depends on the values in a tensor"
 GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
 OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
 
@@ -305,7 +306,7 @@ class Tracer(TorchFunctionMode):
             )
         if any(word in message.lower() for word in ("meta tensor", "data-dependent", "nonzero")):
             return TraceError(
-                f"{name}.forward depends on the values in a tensor: {message}",
+                f"{name}.{ON_VALUES}: {message}",
                 details=details,
                 hint="a graph has one path for all inputs; move the value-dependent part out of "
                 "forward, or prune the part of the model before it",
