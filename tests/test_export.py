@@ -273,7 +273,7 @@ def _some(self, x):
 def _in_place(self, x):
     x = self.a(x)
     y = x.clone().relu_()
-    y.mul_(0.5).add_(x)
+    y.mul_(0.5).add_(x).clamp_(-1, 1).addcmul_(x, x)
     return self.b(F.hardswish(y, inplace=True))
 
 
