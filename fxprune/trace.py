@@ -408,7 +408,9 @@ class Tracer(TorchFunctionMode):
     def record(self, func, name: str, args, kwargs, value: Any = NotImplemented):
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], _index(args[1]), *args[2:])
-        versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
+        operands = leaves((args, kwargs), torch.Tensor)
+        versions = {id(t): t._version for t in operands}
+        shaped = [(t, t.shape, t.stride()) for t in operands[:1]] if in_place(name) else []
         owner = custom_function(sys._getframe(2))
         if owner:
             self.note(OWN_BACKWARD.format(owner))
@@ -425,7 +427,20 @@ class Tracer(TorchFunctionMode):
         if mutates:
             node.meta["val"] = None
             return value
+        for tensor, shape, stride in shaped:
+            if tensor.shape != shape:
+                self.reshaped(tensor, shape, stride, node)
         return self.opened(node, self.own(value, args, versions))
+
+    def reshaped(self, tensor: torch.Tensor, shape, stride, node: fx.Node) -> None:
+        """An op changed a tensor's shape in place: what gave the tensor gave another."""
+        old = self.nodes.get(id(tensor))
+        if old is not None and old.meta["val"] is tensor:
+            with torch._C.DisableTorchFunction():
+                made = torch.empty_strided(shape, stride, dtype=tensor.dtype, device="meta")
+            old.meta["val"] = made
+        self.nodes[id(tensor)] = node
+        self.kept.append(tensor)
 
     def own(self, value, args, versions):
         """A result that is an operand itself, and was not changed in place, gets an identity."""

@@ -153,6 +153,18 @@ def test_where_the_tracer_fails_the_export_is_taken(kind):
     assert pruned(torch.rand(5, 3, 12, 10)).shape == (5, 5)
 
 
+def test_layers_under_vmap():
+    def forward(self, x):
+        x = torch.vmap(lambda one: self.b(torch.relu(one)))(self.a(x))
+        return torch.vmap(self.head)(x.mean((2, 3)))
+
+    parts = {"a": nn.Conv2d(3, 8, 3), "b": nn.Conv2d(8, 6, 3), "head": nn.Linear(6, 4)}
+    pruned = fxprune.prune(net(forward, **parts), torch.rand(2, 3, 8, 8))
+    assert pruned.fxprune.report.verification.difference < 1e-12
+    shapes = {name: list(p.shape) for name, p in pruned.named_parameters()}
+    assert shapes["b.weight"] == [3, 4, 3, 3] and shapes["head.weight"] == [4, 3]
+
+
 def test_a_shape_that_a_hidden_call_fixes_is_noted():
     def forward(self, x):
         with torch._C.DisableTorchFunction():
