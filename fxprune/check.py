@@ -52,12 +52,14 @@ def check_model(model: Any) -> None:
             f"the model is wrapped in {wrapper}",
             hint=f"prune {_WRAPPERS[wrapper]}, and wrap the result again",
         )
-    if isinstance(model, torch.jit.ScriptModule):
+    modules = dict(model.named_modules())
+    scripted = next((n for n, m in modules.items() if isinstance(m, torch.jit.ScriptModule)), None)
+    if scripted is not None:
         raise ModelError(
-            "the model is TorchScript, which has no Python forward to trace",
+            f"{f'module `{scripted}`' if scripted else 'the model'} is TorchScript, which has no "
+            "Python forward to trace",
             hint="prune the eager model",
         )
-    modules = dict(model.named_modules())
     for name, module in modules.items():
         _check_module(name, module)
     _check_names(model, modules)

@@ -1,6 +1,8 @@
 """The ways from a model to a graph, and which of them is taken.
 
 ``symbolic``  the model's Python runs on tensors without data, and every call is written down
+``export``    the model runs in `torch.export`, which sees ops that Python code does not show: those
+              of scripted functions, C++ code and `torch.func`; about three times slower
 """
 
 from __future__ import annotations
@@ -35,8 +37,14 @@ def _symbolic(model: nn.Module, inputs: Inputs, rules: Rules) -> fx.GraphModule:
     return trace(model, inputs.args, inputs.kwargs, rules=rules)
 
 
+def _export(model: nn.Module, inputs: Inputs, rules: Rules) -> fx.GraphModule:
+    from .export import export  # torch.export takes a second to import
+
+    return export(model, inputs.args, inputs.kwargs, rules=rules)
+
+
 # in the order in which they are tried: each takes more than the one before, and costs more
-WAYS: Mapping[str, Way] = {"symbolic": _symbolic}
+WAYS: Mapping[str, Way] = {"symbolic": _symbolic, "export": _export}
 
 
 def traced(
@@ -66,11 +74,14 @@ def traced(
 def _by_some_way(
     model: nn.Module, inputs: Inputs, rules: Rules, frontend: Frontend | None
 ) -> Traced:
-    first: TraceError | None = None
+    failed: list[tuple[str, FxpruneError]] = []
     for name in WAYS if frontend is None else (frontend,):
         try:
             return Traced(WAYS[name](model, inputs, rules), inputs, name)  # type: ignore[arg-type]
-        except TraceError as error:
-            first = first or error
-    assert first is not None
+        except FxpruneError as error:
+            if not failed and not isinstance(error, TraceError):
+                raise  # no other way takes such a model, or such inputs
+            failed.append((name, error))
+    first = failed[0][1]
+    first.details += [(name, error.fault) for name, error in failed[1:]]
     raise first

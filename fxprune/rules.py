@@ -354,10 +354,15 @@ class Rules:
             self.functions.setdefault(key, []).insert(0, use)
 
     def of_function(self, function: Any, call: Call | None = None) -> Use | None:
-        """The rule of a function (an aten overload stands for its packet) called like this."""
+        """The rule of a function called like this.
+
+        An aten overload stands for its packet, and one in place has its plain form's rule.
+        """
         packet = getattr(function, "overloadpacket", function)
         operator_ = isinstance(packet, torch._ops.OpOverloadPacket)
         uses = self.functions.get(str(packet) if operator_ else function, ())
+        if operator_ and not uses:
+            uses = self.functions.get(_base(str(packet)), ())
         use = next((use for use in uses if use.fits(call)), None)
         return use or self.words.get(_word(function))
 

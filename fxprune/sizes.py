@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # told of each traced number that code turns into a plain one with ``int()``, and of each flag that
@@ -95,6 +95,13 @@ def traced(value, expr: tuple[Any, ...]):
     if isinstance(value, int):
         return TracedInt(value, expr)
     return TracedFloat(value, expr) if isinstance(value, float) else value
+
+
+def retraced(value, tensors: Mapping[int, Any]):
+    """A traced number of other tensors; `tensors` maps the ids of the old ones to the new ones."""
+    function, *args = value.expr
+    made = [retraced(a, tensors) if isinstance(a, Traced) else tensors.get(id(a), a) for a in args]
+    return type(value)(plain(value), (function, *made))
 
 
 def _binary(function, swapped: bool):

@@ -48,10 +48,11 @@ _DUNDERS = {
     "neg": operator.neg,
 }
 _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension", "stride"}
-_SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
-_TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
-_GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
-_OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
+SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
+TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
+ON_VALUES = "forward depends on the values in a tensor"
+GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
+OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
 
 
 def trace(
@@ -64,14 +65,21 @@ def trace(
     number) and ``meta["source"]`` (file, line and function). The model is not changed. Raises
     `TraceError` where the forward depends on values, `InputError` where the inputs do not fit.
     """
+    return traced_by(Tracer, model, args, kwargs or {}, rules)
+
+
+def traced_by(
+    kind: type[Tracer], model: nn.Module, args: tuple, kwargs: dict[str, Any], rules: Rules
+) -> fx.GraphModule:
+    """What `trace` promises, by a tracer of this kind."""
     try:
-        tracer = _Tracer(model, rules)
-        tracer.trace(args, kwargs or {})
-    except InputError as error:
+        tracer = kind(model, rules)
+        tracer.trace(args, kwargs)
+    except (InputError, TraceError) as error:
         if TracedFlag.__name__ not in error.fault:  # C++ code that wants a bool, not an int
             raise
-        tracer = _Tracer(model, rules, flags=False)
-        tracer.trace(args, kwargs or {})
+        tracer = kind(model, rules, flags=False)
+        tracer.trace(args, kwargs)
     graph_module = _Unwritten(
         _Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__
     )
@@ -149,7 +157,9 @@ def _unshared(value: Any, known: dict[int, Any]) -> Any:
     return known[id(value)]
 
 
-class _Tracer(TorchFunctionMode):
+class Tracer(TorchFunctionMode):
+    """Runs a model and writes down what it calls, as nodes of ``graph``."""
+
     def __init__(self, model: nn.Module, rules: Rules, *, flags: bool = True):
         super().__init__()
         self.flags = flags  # whether the `training` flags are remembered
@@ -225,21 +235,33 @@ class _Tracer(TorchFunctionMode):
     def trace(self, args: tuple, kwargs: dict[str, Any]) -> None:
         with torch.no_grad(), self.patched():
             output = self.run(args, kwargs)
-        if not self.flags:
-            self.notes.append((_TRAINING, None))
         self.finish(output)
 
+    def source(self) -> Source | None:
+        """Where the call comes from that is being written down."""
+        return nearest_source()
+
     def note(self, text: str) -> None:
-        self.notes.append((text, _source()))
+        self.notes.append((text, self.source()))
 
     def note_number(self, number: Any) -> None:
         """A number whose history ends here; torch's own code may ask for flags."""
         if not isinstance(number, TracedFlag):
-            self.note(_SIZE)
+            self.note(SIZE)
         elif not sys._getframe(2).f_code.co_filename.startswith(_TORCH):
-            self.note(_TRAINING)
+            self.note(TRAINING)
 
     def run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        bound = self.bind(args, kwargs)
+        try:
+            return self.model(*bound.args, **bound.kwargs)
+        except FxpruneError:
+            raise
+        except Exception as error:
+            raise self.failed(error) from error
+
+    def bind(self, args: tuple, kwargs: dict[str, Any]) -> inspect.BoundArguments:
+        """The arguments of forward with what placeholders give in place of the example inputs."""
         try:
             bound = inspect.signature(self.original.forward).bind(*args, **kwargs)
         except TypeError as error:
@@ -260,12 +282,7 @@ class _Tracer(TorchFunctionMode):
                 bound.arguments[name] = {key: self.placeholder(key, v) for key, v in value.items()}
             else:
                 bound.arguments[name] = self.placeholder(name, value)
-        try:
-            return self.model(*bound.args, **bound.kwargs)
-        except FxpruneError:
-            raise
-        except Exception as error:
-            raise self.failed(error) from error
+        return bound
 
     def failed(self, error: Exception) -> FxpruneError:
         frames = inspect.trace()
@@ -289,7 +306,7 @@ class _Tracer(TorchFunctionMode):
             )
         if any(word in message.lower() for word in ("meta tensor", "data-dependent", "nonzero")):
             return TraceError(
-                f"{name}.forward depends on the values in a tensor: {message}",
+                f"{name}.{ON_VALUES}: {message}",
                 details=details,
                 hint="a graph has one path for all inputs; move the value-dependent part out of "
                 "forward, or prune the part of the model before it",
@@ -360,7 +377,7 @@ class _Tracer(TorchFunctionMode):
             if found is not NotImplemented:
                 return found
         if isinstance(func, types.FunctionType) and self.rule_of(func, args, kwargs) is None:
-            body = _body_of(func)
+            body = body_of(func)
             if body is not None:
                 with self:
                     return body(*args, **kwargs)
@@ -372,9 +389,7 @@ class _Tracer(TorchFunctionMode):
     def query(self, func, name: str, args, kwargs):
         """Shapes as traced ints; devices and dtypes remembered with the tensor they are of."""
         tensor = args[0]
-        prop = (
-            getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
-        )
+        prop = property_of(func)
         if prop in ("shape", "size") and id(tensor) in self.nodes:
             size = TracedSize(TracedInt(n, ("size", tensor, i)) for i, n in enumerate(func(tensor)))
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
@@ -383,7 +398,7 @@ class _Tracer(TorchFunctionMode):
             return TracedInt(tensor.numel(), ("numel", tensor))
         found = func(*args, **kwargs)
         if prop in ("__len__", "stride") and id(tensor) in self.nodes:
-            self.note(_SIZE)
+            self.note(SIZE)
         if prop in ("dtype", "device") and id(tensor) in self.nodes:
             self.asked[found] = self.nodes[id(tensor)]
         if isinstance(found, torch.Tensor):
@@ -393,24 +408,39 @@ class _Tracer(TorchFunctionMode):
     def record(self, func, name: str, args, kwargs, value: Any = NotImplemented):
         if name in ("__getitem__", "__setitem__"):
             args = (args[0], _index(args[1]), *args[2:])
-        versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
-        owner = _custom_function(sys._getframe(2))
+        operands = leaves((args, kwargs), torch.Tensor)
+        versions = {id(t): t._version for t in operands}
+        shaped = [(t, t.shape, t.stride()) for t in operands[:1]] if in_place(name) else []
+        owner = custom_function(sys._getframe(2))
         if owner:
-            self.note(_OWN_BACKWARD.format(owner))
+            self.note(OWN_BACKWARD.format(owner))
         if value is NotImplemented:
             value = self.evaluate(func, args, kwargs)
         mutates = func is operator.setitem or name == "__setitem__"
         if not mutates and not has_tensors(value):
             leaves_it = sys._getframe(2).f_code.co_name == "__exit__"
             if func is torch._C._set_grad_enabled and args[0] is False and not leaves_it:
-                self.note(_GRADIENTS)
+                self.note(GRADIENTS)
             return value
         op, target = self.target(func, name, bool(kwargs))
         node = self.create(op, target, self.nodes_of(args), self.nodes_of(kwargs))
         if mutates:
             node.meta["val"] = None
             return value
+        for tensor, shape, stride in shaped:
+            if tensor.shape != shape:
+                self.reshaped(tensor, shape, stride, node)
         return self.opened(node, self.own(value, args, versions))
+
+    def reshaped(self, tensor: torch.Tensor, shape, stride, node: fx.Node) -> None:
+        """An op changed a tensor's shape in place: what gave the tensor gave another."""
+        old = self.nodes.get(id(tensor))
+        if old is not None and old.meta["val"] is tensor:
+            with torch._C.DisableTorchFunction():
+                made = torch.empty_strided(shape, stride, dtype=tensor.dtype, device="meta")
+            old.meta["val"] = made
+        self.nodes[id(tensor)] = node
+        self.kept.append(tensor)
 
     def own(self, value, args, versions):
         """A result that is an operand itself, and was not changed in place, gets an identity."""
@@ -436,7 +466,7 @@ class _Tracer(TorchFunctionMode):
 
     def create(self, op: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs)
-        node.meta["source"] = _source()
+        node.meta["source"] = self.source()
         if self.autocast != _autocast():
             raise TraceError(
                 "forward switches autocast on or off, which a graph cannot hold",
@@ -510,14 +540,14 @@ class _Tracer(TorchFunctionMode):
             if tensor.is_meta:
                 raise TraceError(
                     "a tensor came from code that the tracer cannot see",
-                    details=[("at", describe(_source()))],
+                    details=[("at", describe(self.source()))],
                     hint="scripted functions and C++ calls have no graph; use their Python form",
                 )
             if isinstance(tensor, nn.Parameter):
                 raise ModelError(
                     f"forward uses a parameter of shape {list(tensor.shape)} that is registered "
                     "nowhere in the model",
-                    details=[("at", describe(_source()))],
+                    details=[("at", describe(self.source()))],
                     hint="keep layers in nn.ModuleList or nn.ModuleDict, not in a plain list",
                 )
             name = f"_tensor_constant{len(self.tensor_constants)}"
@@ -575,6 +605,8 @@ class _Tracer(TorchFunctionMode):
     # -- the end ---------------------------------------------------------------------------------
 
     def finish(self, output: Any) -> None:
+        if not self.flags:
+            self.notes.append((TRAINING, None))
         with torch._C.DisableTorchFunction():
             self.graph.output(self.output_of(output))
         for node in self.graph.nodes:
@@ -633,7 +665,7 @@ def _autocast() -> tuple[bool, ...]:
     return tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
-def _custom_function(frame: types.FrameType) -> str:
+def custom_function(frame: types.FrameType) -> str:
     """The `torch.autograd.Function` whose forward runs in a frame, if one does."""
     code = frame.f_code
     first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
@@ -668,7 +700,7 @@ def _is_decomposition(file: str) -> bool:
     return file.startswith(_DECOMPOSITIONS)
 
 
-def _body_of(func: types.FunctionType) -> Callable | None:
+def body_of(func: types.FunctionType) -> Callable | None:
     """A functional's body without its dispatch to modes, so that the calls inside are seen."""
     if func.__module__ != "torch.nn.functional":
         return None
@@ -714,12 +746,23 @@ def mutates(node: fx.Node) -> bool:
 Source = tuple[str, int, str]
 
 
-def _source() -> Source | None:
+def property_of(func: Any) -> str:
+    """The name of a method, or of the property that a getter reads."""
+    name = getattr(func, "__name__", "")
+    return getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name
+
+
+def is_users(file: str) -> bool:
+    """Whether code is neither torch's nor ours."""
+    return not file.startswith((_OWN, _TORCH, _NUMPY)) and file[0] != "<"
+
+
+def nearest_source() -> Source | None:
     """File, line and function of the nearest frame that is neither torch's nor ours."""
-    frame: types.FrameType | None = sys._getframe(2)
+    frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_OWN, _TORCH, _NUMPY)) and name[0] != "<":
+        if is_users(name):
             return name, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back
     return None

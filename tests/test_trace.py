@@ -717,3 +717,25 @@ def test_failing_trace_leaves_torch_as_it_was():
         graph_of(net(lambda self, x: self.a(x), a=conv()), picture(2, 5, 4, 4))
     assert nn.Module.__call__ is call
     assert torch.relu(torch.tensor(-1.0)) == 0 and not torch.empty(1).is_meta
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: self.a(x).mean(3, keepdim=True).squeeze_(3) + 1,
+        lambda self, x: self.a(x).unsqueeze_(1).relu(),
+        lambda self, x: _changed_shape(self.a(x)) * 2,
+    ],
+)
+def test_a_value_keeps_its_shape_where_the_next_op_changes_it_in_place(forward):
+    graph = check(net(forward, a=nn.Conv2d(3, 4, 1)), picture())
+    (conv,) = (node for node in graph.graph.nodes if node.op == "call_module")
+    assert conv.meta["val"].shape == (2, 4, 8, 6)
+    for node in graph.graph.nodes:
+        if node.target == "mean":
+            assert node.meta["val"].shape == (2, 4, 8, 1)
+
+
+def _changed_shape(x):
+    x.transpose_(1, 2)
+    return x
