@@ -30,11 +30,7 @@ class Network:
     kind: str
     model: nn.Module
     args: tuple[Any, ...]
-
-    @property
-    def on_meta(self) -> bool:
-        """Whether it has shapes and no weights."""
-        return any(parameter.is_meta for parameter in self.model.parameters())
+    large: bool = False  # too large to be run
 
 
 # -- names -----------------------------------------------------------------------------------------
@@ -107,16 +103,15 @@ def _parameters(name: str) -> float:
 def network(name: str, side: int = 0, shapes_above: float = float("inf")) -> Network:
     """The network of this name and its inputs; with images of this side, where it takes them.
 
-    One of timm's with more than `shapes_above` parameters has shapes, and no weights.
+    One with more than `shapes_above` parameters is not run.
     """
     source, _, short = name.partition(":")
     if source not in SOURCES:
         raise ValueError(f"{name}: a name begins with {' or '.join(f'{s}:' for s in SOURCES)}")
     torch.manual_seed(0)
-    large = source == "timm" and float("inf") > _parameters(short) > shapes_above
-    with torch.device("meta" if large else "cpu"):
-        made = (_torchvision if source == "torchvision" else _timm)(name, short, side)
-    if not made.on_meta:
+    made = (_torchvision if source == "torchvision" else _timm)(name, short, side)
+    made.large = sum(p.numel() for p in made.model.parameters()) > shapes_above
+    if not made.large:
         lively(made.model, made.args)
     return made
 
@@ -162,8 +157,6 @@ def others(args: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     def fill(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)(fill(each) for each in value)
-        if isinstance(value, Tensor) and value.is_meta:
-            return value
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         if float(value.min()) < -1:

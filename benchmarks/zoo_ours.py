@@ -30,7 +30,8 @@ def pruned_by_fxprune(network: Network, record: Record, say: Say) -> Any:
     say("prune")
     marks.start = time.perf_counter()
     try:
-        pruned = fxprune.prune(network.model, network.args, rate=0.5, watch=marks)
+        verify: Any = "shapes" if network.large else True
+        pruned = fxprune.prune(network.model, network.args, rate=0.5, verify=verify, watch=marks)
     except Exception as error:
         record["verdict"], record["why"] = failure(error)
         pruned = None

@@ -267,11 +267,18 @@ def _heads_as_wholes(call: _Call, layers: dict[int, list[Named]]) -> dict[int, l
 
 
 def _heads_stay(call: _Call, layers: dict[int, list[Named]]) -> None:
-    """Rows that a product keeps apart have no channel behind it, once it has summed over them."""
-    for named in (named for found in layers.values() for named in found):
-        rows = [letter for letter in named.letters if letter in call.out]
-        if rows and len(rows) < len(named.letters) and not any(map(call.is_raw, layers)):
-            _rows_stay(call, named, rows)
+    """Rows that a product keeps apart do not go as a whole: behind it there is no channel for what
+    it has summed over, and two operands that share rows alone would lose others."""
+    if any(map(call.is_raw, layers)):
+        return
+    for i, named in ((i, named) for i, found in layers.items() for named in found):
+        others = [la for j, found in layers.items() if j != i for la in found]
+        shared = [set(la.letters) for la in others if not _matches(named, la)]
+        summed = not set(named.letters) <= call.out
+        rows = call.out if summed else set().union(*shared)
+        own = [letter for letter in named.letters if letter in rows]
+        if own and len(own) < len(named.letters):
+            _rows_stay(call, named, own)
 
 
 def _others(named: Named, heads: set[str]) -> set[str]:

@@ -169,8 +169,22 @@ class Crossed(Packed):
         return ((q.transpose(-2, -1) @ k).softmax(-1) @ v.transpose(-2, -1)).transpose(-2, -1)
 
 
+class Outlook(Attention):
+    """Maps that a layer makes of each token, without queries and keys (VOLO)."""
+
+    def parts(self):
+        self.maps, self.v = nn.Linear(WIDTH, HEADS * TOKENS), nn.Linear(WIDTH, WIDTH)
+
+    def attend(self, x):
+        b, n, c = x.shape
+        maps = self.maps(x).reshape(b, n, HEADS, TOKENS).permute(0, 2, 1, 3).softmax(-1)
+        v = self.v(x).view(b, n, HEADS, DIM).transpose(1, 2)
+        return (maps @ v).transpose(1, 2).flatten(2)
+
+
 ALL = [
     Packed, Explicit, Table, TableAsMask, Talking, Normed, Rotary, Apart, Einsum, Module, Crossed,
+    Outlook,
 ]  # fmt: skip
 
 
@@ -201,7 +215,7 @@ def test_every_way_is_exact(cls, heads):
     assert width(small, "embed") == WIDTH // 2 and width(small, "up") == 16
 
 
-MADE = {Apart: "q k v", Module: "in"}
+MADE = {Apart: "q k v", Module: "in", Outlook: "v"}
 
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
