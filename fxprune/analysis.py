@@ -22,6 +22,7 @@ from .heads import Heads
 from .ids import Freeze
 from .inputs import Inputs
 from .trace import describe
+from .unsure import freeze_unsure
 from .watch import Watch, silent
 
 
@@ -58,6 +59,11 @@ class Analysis:
     @property
     def graph(self) -> fx.GraphModule:
         return self.flow.graph
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the graph is a record, so that a plan is applied to a copy of the model."""
+        return self.frontend == "record"
 
     @property
     def groups(self) -> list[Group]:
@@ -163,7 +169,10 @@ def analyze(
     way = traced(model, example_inputs, rules, frontend)
     graph = way.graph
     watch("trace", model, graph)
-    found = flow(graph, rules, mixing=mixing, scatter=scatter, heads=heads)
+    recorded = way.frontend == "record"
+    how: Any = {"mixing": mixing, "scatter": scatter, "heads": heads}
+    found = flow(graph, rules, **how, rewritable=not recorded)
+    unsure = freeze_unsure(found) if recorded else []
     if strict and found.unknown:
         _refuse(found)
     watch("flow", graph, found)
@@ -173,7 +182,9 @@ def analyze(
     analysis = Analysis(
         model, found, way.inputs, grouped, tensors, mixing, scatter, heads, way.frontend
     )
-    analysis.warnings = list(_warnings(found, grouped))
+    if recorded and scatter:
+        unsure.append("scatter needs a graph that can be written anew: streams are coupled instead")
+    analysis.warnings = [*unsure, *_warnings(found, grouped)]
     return analysis
 
 

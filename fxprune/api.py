@@ -13,12 +13,14 @@ from torch import Tensor, fx, nn
 
 from .analysis import Analysis, analyze
 from .check import check_choice, check_finite, check_model, tensors_of
+from .copies import narrow
 from .counters import Counts
 from .criteria import CriterionLike
 from .errors import ModelError, NothingToPrune, OptionError, PlanError
 from .flow import Mixing
 from .frontends import Frontend
 from .heads import Heads
+from .ids import Layer, Value
 from .ignore import Ignore
 from .inputs import of_spec
 from .planning import make_plan
@@ -31,7 +33,9 @@ from .rewrite import rewrite
 from .score import Reduce
 from .select import Scope, SelectRule
 from .settings import Settings, settings
+from .sidebyside import verify_copy
 from .squeeze import Squeeze
+from .trees import leaves
 from .verifier import Verification, verify_numbers, verify_shapes
 from .watch import Watch, silent, together
 from .widths import RewriteError, Widths
@@ -68,9 +72,10 @@ def prune(
 ) -> PrunedModule:
     """A new, smaller network that computes what `model` computes without the removed channels.
 
-    `model` is not changed. The result is an `fx.GraphModule` with ``pruned.fxprune.plan`` and
-    ``pruned.fxprune.report``; its ``state_dict`` holds slices of the original's tensors under the
-    original's names. Inputs and outputs of the network keep their shapes.
+    `model` is not changed. The result is an `fx.GraphModule`, or a copy of `model` where no graph
+    holds it, with ``pruned.fxprune.plan`` and ``pruned.fxprune.report``; its ``state_dict`` holds
+    slices of the original's tensors under the original's names. Inputs and outputs of the network
+    keep their shapes.
 
     example_inputs: a tensor, a tuple of forward's arguments or a dict of them; guessed if missing.
     recipe:         a whole pruning by name (`fxprune.recipes.names()`) or from a YAML file; what is
@@ -175,15 +180,36 @@ def _why_nothing(analysis: Analysis) -> str:
 
 def _freeze_at(analysis: Analysis, error: RewriteError) -> None:
     """A choice that cannot be written there is no choice: freeze what reaches the node."""
-    ids = analysis.flow.ids
-    for operand in [error.node, *error.node.all_input_nodes]:
-        value = analysis.flow.values.get(operand)
-        for layer in getattr(value, "layers", ()):
-            ids.freeze(error.node, layer.ids, error.fault)
+    for each in (error, *error.others):
+        for layer in _layers_at(analysis, each.node):
+            analysis.flow.ids.freeze(each.node, layer.ids, each.fault)
     before = sum(len(g) for g in analysis.groups if g.prunable)
     analysis.regroup()
     if sum(len(g) for g in analysis.groups if g.prunable) == before:
         raise error
+
+
+def _layers_at(analysis: Analysis, node: fx.Node) -> list[Layer]:
+    """Channels of what a node gives and is given, and of what its numbers are sizes of."""
+    widths, values = Widths(analysis.flow, torch.empty(0)), analysis.flow.values
+    found = [la for v in leaves(values.get(node), Value) for la in widths.layers(v)]
+    rest, seen = [node], {node}
+    while rest:
+        at = rest.pop()
+        for operand in at.all_input_nodes:
+            given = leaves(values.get(operand), Value)
+            found += [la for v in given for la in widths.layers(v) if _is_read(at, v, la)]
+            if not given and operand not in seen:
+                seen.add(operand)
+                rest.append(operand)
+    return found
+
+
+def _is_read(node: fx.Node, value: Value, layer: Layer) -> bool:
+    """Whether a node that asks for the size of one dim asks for one of the layer's."""
+    is_size = isinstance(node.meta["val"], int) and len(node.args) == 2
+    dim = node.args[1] if is_size else None
+    return not isinstance(dim, int) or dim % len(value.shape) in layer.varying
 
 
 # -- plan ------------------------------------------------------------------------------------------
@@ -274,19 +300,25 @@ def _check_plan(plan: Any, tensors: Mapping[str, Tensor]) -> None:
 def _finish(
     analysis: Analysis, plan: Plan, kept: Tensor, verify: Verify, watch: Watch
 ) -> PrunedModule:
-    pruned = rewrite(analysis.model, analysis.flow, kept, plan.kept)
+    write = narrow if analysis.recorded else rewrite
+    pruned: Any = write(analysis.model, analysis.flow, kept, plan.kept)
     watch("rewrite", (analysis, plan), pruned)
-    pruned.meta["fxprune"] = Info(plan, _report(analysis, plan, kept, pruned))
+    info = Info(plan, _report(analysis, plan, kept, pruned))
+    if analysis.recorded:
+        pruned.fxprune = info
+    else:
+        pruned.meta["fxprune"] = info
     if verify:
-        checked = _verified(analysis, plan, kept, pruned, verify)
-        pruned.fxprune.report.verification = checked
+        info.report.verification = _verified(analysis, plan, kept, pruned, verify)
     watch("verify", (analysis, plan), pruned)
     return pruned
 
 
 def _verified(
-    analysis: Analysis, plan: Plan, kept: Tensor, pruned: fx.GraphModule, verify: Verify
+    analysis: Analysis, plan: Plan, kept: Tensor, pruned: Any, verify: Verify
 ) -> Verification:
+    if analysis.recorded:
+        return _verified_copy(analysis, plan, kept, pruned, verify)
     verify_shapes(analysis.flow, pruned, analysis.inputs)
     on_meta = any(t.is_meta for t in analysis.tensors.values())
     if verify == "shapes" or on_meta:
@@ -296,9 +328,17 @@ def _verified(
     return verify_numbers(analysis.model, flow, pruned, plan.kept, widths, inputs)
 
 
+def _verified_copy(
+    analysis: Analysis, plan: Plan, kept: Tensor, pruned: nn.Module, verify: Verify
+) -> Verification:
+    widths, numbers = Widths(analysis.flow, kept), verify != "shapes"
+    model, flow, inputs = analysis.model, analysis.flow, analysis.inputs
+    return verify_copy(model, flow, pruned, plan.kept, widths, inputs, numbers=numbers)
+
+
 @torch.inference_mode(False)
 def verify(
-    model: nn.Module, pruned: fx.GraphModule, plan: Plan, example_inputs: Any = None
+    model: nn.Module, pruned: nn.Module, plan: Plan, example_inputs: Any = None
 ) -> Verification:
     """Prove that `pruned` computes what `model` computes with the plan's channels masked.
 
@@ -307,7 +347,7 @@ def verify(
     """
     check_model(pruned)
     given: Any = pruned
-    if not isinstance(given, fx.GraphModule):
+    if not isinstance(given, fx.GraphModule if plan.frontend != "record" else type(model)):
         raise ModelError(
             f"a pruned network is needed, not {type(given).__name__}",
             hint="pass what fxprune.prune or fxprune.apply gave",
@@ -316,7 +356,7 @@ def verify(
     return _verified(analysis, plan, kept_by_plan(analysis, plan), pruned, True)
 
 
-def _report(analysis: Analysis, plan: Plan, kept: Tensor, pruned: PrunedModule) -> Report:
+def _report(analysis: Analysis, plan: Plan, kept: Tensor, pruned: nn.Module) -> Report:
     groups, left = analysis.groups, _left(analysis, kept)
     planned = zip_longest(groups, left, (g.reason for g in plan.groups[: len(groups)]))
     rows = [Row(g.name, len(g), stay, len(g.members), why or "") for g, stay, why in planned]

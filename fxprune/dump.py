@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from .analysis import Analysis
+from .check import tensors_of
 from .errors import OptionError
 from .explain import call_text, members_text, ranges, target_text
 from .flow import Flow
@@ -323,8 +324,10 @@ def _kept_text(kept: Kept) -> str:
 # -- rewrite and verify ----------------------------------------------------------------------------
 
 
-def rewrite_text(before: tuple[Analysis, Plan], pruned: PrunedModule) -> str:
-    """The new graph with its shapes, and its code."""
+def rewrite_text(before: tuple[Analysis, Plan], pruned: nn.Module) -> str:
+    """The new graph with its shapes, and its code; of a copy of a model, the new widths."""
+    if not isinstance(pruned, PrunedModule):
+        return _copy_text(before[0], pruned)
     shapes = _new_shapes(before[0], pruned)
     rows = [
         [f"%{n.name}", _call(n, pruned), _shapes(shapes.get(n.name)), _source(n)]
@@ -333,6 +336,17 @@ def rewrite_text(before: tuple[Analysis, Plan], pruned: PrunedModule) -> str:
     table = _table(["node", "call", "shape", "source"], rows)
     code = pruned.code.strip().splitlines()
     return _page(f"{type(pruned).__name__}: {len(rows)} nodes", table, code)
+
+
+def _copy_text(analysis: Analysis, pruned: nn.Module) -> str:
+    """A record has no graph that could be written anew: what changed are parameters."""
+    new = {name: _shapes(t) for name, t in tensors_of(pruned).items()}
+    old = {name: _shapes(t) for name, t in analysis.tensors.items()}
+    rows = [[name, was, "->", new[name]] for name, was in old.items() if was != new[name]]
+    head = (
+        f"{type(pruned).__name__}: a copy of the model, {len(rows)} of {len(old)} tensors narrower"
+    )
+    return _page(head, _table(["", "old", "", "new"], rows))
 
 
 class _Shapes(fx.Interpreter):
@@ -359,9 +373,13 @@ def _new_shapes(analysis: Analysis, pruned: fx.GraphModule) -> dict[str, Any]:
     return runner.found
 
 
-def verify_text(before: tuple[Analysis, Plan], pruned: PrunedModule) -> str:
+def verify_text(before: tuple[Analysis, Plan], pruned: nn.Module) -> str:
     """What differs between the graphs, and what the comparison of their outputs gave."""
     analysis, _ = before
+    if not isinstance(pruned, PrunedModule):
+        info: Any = pruned.fxprune
+        lines = str(info.report).splitlines()
+        return _page(f"verified: {info.report.verification or 'no'}", lines)
     shapes = _new_shapes(analysis, pruned)
     old = {n.name: _line(n, analysis.graph) for n in analysis.graph.graph.nodes}
     new = {n.name: _line(n, pruned) for n in pruned.graph.nodes}

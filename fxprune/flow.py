@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import einsum, letters, movement, positions, recurrent
+from . import einsum, letters, movement, picks, positions, recurrent
 from . import scatter as scattering
 from .errors import RuleError
 from .heads import Heads
@@ -62,14 +62,17 @@ def flow(
     mixing: Mixing = "norms",
     scatter: bool = False,
     heads: Heads = "dims",
+    rewritable: bool = True,
 ) -> Flow:
     """Which channels each value of the graph carries, what ties them, what freezes them.
 
     `mixing` says which ops may go on over fewer channels although their statistics then differ
     from the masked network's: normalisation layers, all, or none. `scatter` leaves what is added up
-    at full width and unties the branches. `heads` says what may go of attention heads.
+    at full width and unties the branches. `heads` says what may go of attention heads. Where the
+    graph is not `rewritable`, as it is a record of code that stays what it is, nothing counts on a
+    gather in place of a shuffle, nor on zeros laid out.
     """
-    run = _Run(Flow(graph), rules, mixing, scatter, heads)
+    run = _Run(Flow(graph), rules, mixing, scatter, heads, rewritable)
     for node in graph.graph.nodes:
         run.result.values[node] = run.value(node)
     for node in run.result.scatters:
@@ -85,12 +88,14 @@ class _Run:
         mixing: Mixing,
         scatter: bool = False,
         heads: Heads = "dims",
+        rewritable: bool = True,
     ):
         self.result, self.rules, self.mixing, self.scatter = result, rules, mixing, scatter
-        self.heads = heads
+        self.heads, self.rewritable = heads, rewritable
         self.ids = result.ids
         self.modules: dict[str, nn.Module] = dict(result.graph.named_modules())
         self.aliases: dict[str, str] = result.graph.meta.get("fxprune_aliases", {})
+        self.registered = frozenset(result.graph.meta.get("fxprune_registered", ()))
 
     # -- one node --------------------------------------------------------------------------------
 
@@ -103,9 +108,16 @@ class _Run:
             return self.output(node)
         if node.op == "call_function" and isinstance(node.target, type):
             return self._container(node)
+        if node.meta.get("reads"):
+            return self.read_by_python(node)
         if not has_tensors(node.meta["val"]) and node.target is not setitem:
             return None
         return self.call(node)
+
+    def read_by_python(self, node: fx.Node) -> None:
+        for value in self.inputs(node):
+            for layer in self.opened(value).layers:
+                self.ids.freeze(node, layer.ids, f"is read as values by {self.title(node)}")
 
     def output(self, node: fx.Node) -> None:
         for value in self.inputs(node):
@@ -214,6 +226,8 @@ class _Run:
         if not (tensor.is_floating_point() or tensor.is_complex()):
             return Value(tuple(tensor.shape), weight=True)
         name = self.aliases.get(name, name)
+        if not self.rewritable and name not in self.registered:
+            return Value(tuple(tensor.shape))
         if name not in self.ids.slots:
             return Value(tuple(tensor.shape), param=name, weight=True)
         return Value(tuple(tensor.shape), self._layers_of(name, tensor), weight=True)
@@ -368,6 +382,13 @@ class _Run:
         """Channels under a window are laid out at full width; each place it gives has a new one."""
         if not done.windows:
             return []
+        if not self.rewritable:
+            for i, dim in done.windows:
+                for layer in values[i].layers:
+                    if dim in layer.varying:
+                        why = f"is read by position, as in a window (%{node.name})"
+                        self.ids.freeze(node, layer.ids, why)
+            return []
         operands = {id(self.result.values[n]): n for n in node.all_input_nodes}
         wide = self.result.wide[node] = Wide()
         wide.operands += [(operands[id(values[i])], dim) for i, dim in done.windows]
@@ -402,18 +423,20 @@ class _Run:
         return Value(shape, tuple(layer for layer in layers if layer.varying), weight=weight)
 
     def mixes(self, node: fx.Node, ids: list[Tensor], needs: str) -> None:
-        if self.mixing == "all" or self.mixing == needs:
+        module = self.modules[node.target] if node.op == "call_module" else None
+        whole = self.rewritable or (module is not None and module._parameters)
+        if whole and (self.mixing == "all" or self.mixing == needs):
             self.result.mixing.add(node)
             return
         for each in ids:
-            self.ids.freeze(
-                node, each, f"{self.title(node)} mixes channels (mixing={self.mixing!r})"
-            )
+            allowed = self.mixing in ("all", needs)
+            why = "in code that stays as it is" if allowed else f"(mixing={self.mixing!r})"
+            self.ids.freeze(node, each, f"{self.title(node)} mixes channels {why}")
 
     def do_pointwise(self, node: fx.Node, use: Use) -> Any:
         shape = tuple(leaves(node.meta["val"], Tensor)[0].shape)
         values = self.tensors(node)
-        if self.scatter and use.rule.joins:
+        if self.scatter and self.rewritable and use.rule.joins:
             values = scattering.untied(self.result, node, values)
         layers, weight = self.meet(node, values, shape, use)
         value = self.made(shape, layers, weight)
@@ -608,6 +631,8 @@ class _Run:
         operands = [n for n in node.all_input_nodes if isinstance(self.result.values[n], Value)]
         if self.mixing == "all" or use.rule.additive or use.rule.keeps_dims or len(operands) != 1:
             return False
+        if not self.rewritable:
+            return False
         value = self.opened(self.result.values[operands[0]])
         if use.rule.averages and layer.zero and not value.weight:
             self.result.averages.setdefault(node, []).append(layer.ids)
@@ -664,7 +689,9 @@ class _Run:
 
     def _shuffled(self, node: fx.Node, layer: Layer) -> None:
         """Channels leave in another order: gather them, or keep the same ones of each block."""
-        gather = find_gather(node, self.result.values, lambda n, x, s: self.rerun(n, x, s))
+        gather = None
+        if self.rewritable:
+            gather = find_gather(node, self.result.values, lambda n, x, s: self.rerun(n, x, s))
         if gather is None:
             rows = layer.origin.reshape(-1, layer.origin.shape[-1])  # type: ignore[union-attr]
             self.ids.tie(node, rows, rows[:1])
@@ -740,6 +767,31 @@ class _Run:
                 layers.append(Layer(self.ids.fresh(size).view(dims), False))
         return layers
 
+    def _picked(self, node: fx.Node, use: Use, value: Value) -> Any:
+        """``value[index]`` by computed positions: channels along other dims pass."""
+        why = "picks elements by computed positions"
+        if use.rule.fix != "index" or self._any_layers(node.args[1:]):
+            return self.freeze_all(node, why)
+        passing = self._apart(node, value, why)
+        layers = [self._moved(node, layer, ids) for layer, ids in passing]
+        return self.made(tuple(node.meta["val"].shape), layers, value.weight)
+
+    def _apart(self, node: fx.Node, value: Value, why: str) -> list[tuple[Layer, Tensor]]:
+        """Layers that do not vary along dims in which an index is computed, with the ids picked of
+        them; the others are frozen."""
+        index = self.concrete(node.args[1])
+        found = [(layer, picks.picked(layer.ids, index)) for layer in value.layers]
+        if found and all(ids is None for _, ids in found):
+            self.result.unknown[node] = why
+        for layer, ids in found:
+            if ids is None:
+                self.ids.freeze(node, layer.ids, f"reaches {self.title(node)}, which {why}")
+        return [(layer, ids) for layer, ids in found if ids is not None]
+
+    def _any_layers(self, args: Any) -> bool:
+        """Whether any value in these arguments has channels."""
+        return any(self.opened(v).layers for v in leaves(self.of(args), Value))
+
     def _moved(self, node: fx.Node, layer: Layer, ids: Tensor) -> Layer:
         moved = Layer(ids, layer.zero, layer.origin)
         if not moved.varying:
@@ -764,7 +816,7 @@ class _Run:
         given = self.result.values.get(node.args[2])
         index = self.concrete(node.args[1])
         if _by_elements(index, target):
-            return self._assign_where(node, use, target)
+            return self._assign_computed(node, use, target)
         index = positions.standins(index)
         source = self.opened(given) if isinstance(given, Value) else Value(())
         met = [part for la in target.layers if (part := self._assigned(node, la, target, index))]
@@ -786,6 +838,29 @@ class _Run:
         some = layer.ids if len(layer.varying) > 1 else found
         self.ids.freeze(node, some, f"is assigned to in part at %{node.name}")
         return None
+
+    def _assign_computed(self, node: fx.Node, use: Use, target: Value) -> None:
+        index = self.result.values.get(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+        whole = isinstance(index, Value) and index.shape == target.shape
+        if whole or self._any_layers(node.args[1]):
+            self._assign_where(node, use, target)
+        else:
+            self._assign_rows(node, use, target)
+
+    def _assign_rows(self, node: fx.Node, use: Use, target: Value) -> None:
+        """``target[index] = given`` by computed positions: channels along other dims meet."""
+        met, rest = [], []
+        for layer, ids in self._apart(node, target, "assigns to single elements"):
+            if ids.numel() < layer.ids.numel():
+                self.ids.freeze(node, layer.ids, f"is assigned to in part at %{node.name}")
+            else:
+                met.append(Layer(ids, layer.zero))
+                rest.append(Layer(layer.ids, False, layer.origin))
+        given = self.result.values.get(node.args[2])
+        source = self.opened(given) if isinstance(given, Value) else Value(())
+        shape = np.broadcast_shapes(source.shape, *(tuple(m.ids.shape) for m in met))
+        self.meet(node, [Value(shape, tuple(met)), source], shape, use)
+        self.result.values[node.args[0]] = Value(target.shape, tuple(rest), weight=target.weight)
 
     def _assign_where(self, node: fx.Node, use: Use, target: Value) -> None:
         """``target[mask] = number`` by a computed mask, which shares the channels of what it cuts.
@@ -898,8 +973,10 @@ def _by_elements(index: Any, target: Value) -> bool:
     """Whether an index is computed, or a mask over several dims with channels along one of them."""
     tensors = leaves(index, Tensor)
     picked = positions.picked_dims(index, len(target.shape))
-    if picked is None or any(picked & set(layer.varying) for layer in target.layers):
+    computed = positions.are_computed(index)
+    if computed or picked is None or any(picked & set(la.varying) for la in target.layers):
         return True
+    tensors = leaves(index, Tensor)
     flags = (torch.bool, torch.uint8)
     masked = max((t.ndim for t in tensors if t.dtype in flags), default=0)
     # before other parts of an index it is not clear where the mask lies

@@ -3,6 +3,8 @@
 ``symbolic``  the model's Python runs on tensors without data, and every call is written down
 ``export``    the model runs in `torch.export`, which sees ops that Python code does not show: those
               of scripted functions, C++ code and `torch.func`; about three times slower
+``record``    the model runs on data, and the calls it makes are written down; a plan is then
+              applied to a copy of the model itself, since other data may take another way
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from torch import fx, nn
 
 from .errors import FxpruneError, InputError, TraceError
 from .inputs import Inputs, candidates, given
+from .record import record
 from .rules import Rules
 from .trace import trace
 
@@ -44,7 +47,7 @@ def _export(model: nn.Module, inputs: Inputs, rules: Rules) -> fx.GraphModule:
 
 
 # in the order in which they are tried: each takes more than the one before, and costs more
-WAYS: Mapping[str, Way] = {"symbolic": _symbolic, "export": _export}
+WAYS: Mapping[str, Way] = {"symbolic": _symbolic, "export": _export, "record": record}
 
 
 def traced(
@@ -56,7 +59,7 @@ def traced(
     inputs do not fit, and the first way's `TraceError` where no way gives a graph.
     """
     if example_inputs is not None:
-        return _by_some_way(model, given(example_inputs), rules, frontend)
+        return _by_some_way(model, given(example_inputs, model), rules, frontend, InputError)
     failures: list[tuple[str, FxpruneError]] = []
     for inputs in candidates(model):
         try:
@@ -72,16 +75,24 @@ def traced(
 
 
 def _by_some_way(
-    model: nn.Module, inputs: Inputs, rules: Rules, frontend: Frontend | None
+    model: nn.Module,
+    inputs: Inputs,
+    rules: Rules,
+    frontend: Frontend | None,
+    also: type[FxpruneError] = TraceError,
 ) -> Traced:
+    """The first way that gives a graph; another is tried after a `TraceError`, or one of `also`:
+    what a model does to tensors without data may fail where it runs on real ones."""
     failed: list[tuple[str, FxpruneError]] = []
     for name in WAYS if frontend is None else (frontend,):
         try:
             return Traced(WAYS[name](model, inputs, rules), inputs, name)  # type: ignore[arg-type]
         except FxpruneError as error:
-            if not failed and not isinstance(error, TraceError):
+            if not failed and not isinstance(error, (TraceError, also)):
                 raise  # no other way takes such a model, or such inputs
             failed.append((name, error))
+    if isinstance(failed[-1][1], InputError):
+        raise failed[-1][1]  # a run on data is the better witness
     first = failed[0][1]
     first.details += [(name, error.fault) for name, error in failed[1:]]
     raise first

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, List, get_type_hints  # noqa: UP035
 
 import torch
 from torch import Tensor, nn
@@ -81,8 +82,11 @@ def _tensor_of(spec: Any) -> Tensor:
     return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
-def given(example_inputs: Any) -> Inputs:
-    """A tensor, a tuple of arguments, or a dict of keyword arguments."""
+def given(example_inputs: Any, model: nn.Module | None = None) -> Inputs:
+    """A tensor, a tuple of arguments, or a dict of keyword arguments; a list of tensors is one
+    argument where the model's forward says that it takes one."""
+    if type(example_inputs) is list and model is not None and _takes_a_list(model):
+        return Inputs((example_inputs,), {})
     if isinstance(example_inputs, Mapping):
         return Inputs((), dict(example_inputs))
     if isinstance(example_inputs, (tuple, list)):
@@ -110,6 +114,12 @@ def of_spec(spec: Any) -> Inputs:
 def candidates(model: nn.Module) -> Iterator[Inputs]:
     """The usual inputs for the model's first layer, most likely first; all on the meta device."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    if _takes_a_list(model):
+        image = torch.empty(
+            (_width(_first_layer(model)) or 3, 224, 224), device="meta", dtype=dtype
+        )
+        yield Inputs(([image],), {}, "a list of images")
+        return
     for why, shape in dict.fromkeys(_shapes(model)):
         made = torch.empty(shape, device="meta", dtype=torch.int64 if why == "Embedding" else dtype)
         yield Inputs((made,), {}, why)
@@ -119,7 +129,7 @@ def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     size = (getattr(model, "default_cfg", None) or {}).get("input_size")
     if size:
         yield "default_cfg", (2, *size)
-    first = next((m for m in model.modules() if _width(m)), None)
+    first = _first_layer(model)
     if first is None:
         yield "an image", (2, 3, 224, 224)
         return
@@ -145,10 +155,24 @@ def _shapes(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "an image", (2, 1, 28, 28)
 
 
-def _width(module: nn.Module) -> int:
+def _takes_a_list(model: nn.Module) -> bool:
+    """Whether forward says that its first argument is a list of tensors."""
+    try:
+        hints = get_type_hints(model.forward)
+        name = next(iter(inspect.signature(model.forward).parameters))
+    except Exception:  # hints may name what cannot be found here
+        return False
+    return hints.get(name) in (list[Tensor], List[Tensor])  # noqa: UP006
+
+
+def _first_layer(model: nn.Module) -> nn.Module | None:
+    return next((m for m in model.modules() if _width(m)), None)
+
+
+def _width(module: nn.Module | None) -> int:
     for key in ("in_channels", "in_features", "input_size", "num_embeddings"):
         value = getattr(module, key, None)
-        if isinstance(value, int) and list(module.parameters(recurse=False)):
+        if module is not None and isinstance(value, int) and [*module.parameters(recurse=False)]:
             return value
     return 0
 

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from .ids import Value
 from .rules import Use
+from .trees import leaves
 from .widths import RewriteError, Widths
 
 
@@ -162,7 +163,10 @@ def sizes(call: Call, context: Context) -> None:
 
 def squeeze(call: Call, context: Context) -> None:
     """A squeeze of all dims must not squeeze one that pruning made 1."""
-    if _argument(call, "dim")[1] is None and 1 in context.widths.shape(call.node, context.source):
+    if _argument(call, "dim")[1] is not None:
+        return
+    new = context.widths.shape(call.node, context.source)
+    if any(n == 1 != old for n, old in zip(new, context.source.shape, strict=True)):
         ones = tuple(d for d, n in enumerate(context.source.shape) if n == 1)
         _set(call, "dim", ones)
 
@@ -199,7 +203,13 @@ def chunks(call: Call, context: Context) -> None:
 
 
 def tensor_split(call: Call, context: Context) -> None:
+    """Sections that are not the usual ones any more become those of a split."""
     dim, need = _new_sections(call, context)
+    _, given = _argument(call, "indices_or_sections")
+    if leaves(given, int) and not leaves(given, fx.Node):
+        probe = torch.empty(sum(need), device="meta").tensor_split(given)
+        if [len(p) for p in probe] == need:
+            return
     call.op, call.target, call.args, call.kwargs = (
         "call_method",
         "split",

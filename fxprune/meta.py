@@ -37,21 +37,24 @@ def to_meta(tensor: torch.Tensor, known: dict[int, Any]) -> torch.Tensor:
     return found[0]
 
 
-def evaluate(func, args, kwargs, standin: Standin, *, real: bool = False):
+def evaluate(func, args, kwargs, standin: Standin, *, real: bool = False, devices: bool = True):
     """Call `func` on meta tensors if any operand is one, else on the real constants.
 
     `standin` gives what takes a tensor's place; `real` says that it gives none on the meta device.
+    With `devices`, everything is put on one device.
     """
     tensors = leaves((args, kwargs), torch.Tensor)
     meta = not real and any(t.is_meta for t in tensors)
     scalars = {id(t) for t in tensors[1:] if meta and t.ndim == 0 and not t.is_meta}
     if scalars:  # some ops take them as numbers, which they have to be then
         with contextlib.suppress(RuntimeError):
-            return _evaluate(func, args, kwargs, standin, meta, scalars)
-    return _evaluate(func, args, kwargs, standin, meta, set())
+            return _evaluate(func, args, kwargs, standin, meta, scalars, devices)
+    return _evaluate(func, args, kwargs, standin, meta, set(), devices)
 
 
-def _evaluate(func, args, kwargs, standin: Standin, meta: bool, real: set[int]):
+def _evaluate(
+    func, args, kwargs, standin: Standin, meta: bool, real: set[int], devices: bool = True
+):
     """One call; the tensors whose ids are `real` stay what they are."""
     first = next(iter(leaves((args, kwargs), torch.Tensor)), None)
     name = getattr(func, "__name__", "")
@@ -65,7 +68,7 @@ def _evaluate(func, args, kwargs, standin: Standin, meta: bool, real: set[int]):
             return standin(value, meta and id(value) not in real, changed and value is first)
         if isinstance(value, Traced):
             return plain(value)
-        if isinstance(value, torch.device) or (
+        if (devices and isinstance(value, torch.device)) or (
             meta and isinstance(value, str) and value.split(":")[0] in _DEVICES
         ):
             return device

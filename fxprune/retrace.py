@@ -218,8 +218,8 @@ class _Replay:
 
     def size(self, packet: Any, tensor: torch.Tensor, *dim: int) -> Any:
         found = packet(tensor, *dim)
-        known = id(tensor) in self.tracer.nodes
-        return TracedInt(found, (_SIZES[packet], tensor, *dim)) if known else found
+        known = self.tracer.known(tensor)
+        return found if known is None else TracedInt(found, (_SIZES[packet], known, *dim))
 
     def region(self, name: str, args: tuple) -> Any:
         """Part of forward under a context."""

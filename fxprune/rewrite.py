@@ -16,6 +16,7 @@ from .flow import Flow
 from .ids import Layer, Value
 from .letters import DimsUse, new_size
 from .literals import Call, Context
+from .picks import is_computed
 from .plans import Kept
 from .pruned import PrunedModule
 from .rules import Use
@@ -36,14 +37,16 @@ def rewrite(
     `kept` says the same of parameters, per dim. Each kept slice is copied once; the model and its
     graph are not touched. Raises `RewriteError` at a node where the choice cannot be written.
     """
-    writer = _Writer(model, flow, kept_ids, kept)
+    writer = Writer(model, flow, kept_ids, kept)
     for node in flow.graph.graph.nodes:
         writer.write(node)
     sweep(writer.graph)
     return writer.module()
 
 
-class _Writer:
+class Writer:
+    """Writes the new graph node by node; `copies.py` asks it what would have to be written anew."""
+
     def __init__(
         self, model: nn.Module, flow: Flow, kept_ids: Tensor, kept: Mapping[str, dict[int, Kept]]
     ):
@@ -385,6 +388,8 @@ class _Writer:
 
     def delivers(self, call: Call, source: Value) -> bool:
         """Whether the corrected call puts the kept channels where they should be."""
+        if is_computed(_concrete(call.args[1:])):
+            return True  # along other dims than those of the channels
         wanted = self._outputs(call.node)
         shapes = [self.widths.shape(call.node, value) for value in wanted]
         shape = self.widths.shape(call.node.args[0], source)
@@ -493,11 +498,7 @@ class _Writer:
         if isinstance(old, nn.RNNBase):  # lists its weights a second time
             own = new._parameters
             new.__dict__["_flat_weights"] = [own.get(n) for n in old._flat_weights_names]
-        for key, value in attrs.items():
-            if key in old.__dict__:  # not by setattr, which takes its time in a module
-                new.__dict__[key] = value
-            elif hasattr(old, key):
-                setattr(new, key, value)
+        set_sizes(new, attrs)
         return new
 
     def _name(self, name: str) -> str:
@@ -506,18 +507,7 @@ class _Writer:
     def tensor(self, name: str, old: Tensor) -> Tensor:
         """The kept slices of a parameter or buffer; tied tensors stay tied."""
         if id(old) not in self.tensors:
-            new = gather(old.detach(), self.kept.get(name, {}), self.indices)
-            if new.data_ptr() == old.data_ptr() or new is old:
-                new = new.clone()
-            if (
-                old.ndim == 4
-                and not old.is_contiguous()
-                and old.is_contiguous(memory_format=torch.channels_last)
-            ):
-                new = new.contiguous(memory_format=torch.channels_last)
-            if isinstance(old, nn.Parameter):
-                new = nn.Parameter(new, requires_grad=old.requires_grad)
-            self.tensors[id(old)] = new
+            self.tensors[id(old)] = sliced(old, self.kept.get(name, {}), self.indices)
         return self.tensors[id(old)]
 
     def module(self) -> PrunedModule:
@@ -548,6 +538,35 @@ class _Writer:
         for name in hidden & {n for n, _ in module.named_buffers(remove_duplicate=False)}:
             owner, _, field = name.rpartition(".")
             module.get_submodule(owner)._non_persistent_buffers_set.add(field)
+
+
+def _concrete(args: Any) -> Any:
+    return fx.node.map_aggregate(args, lambda a: a.meta["val"] if isinstance(a, fx.Node) else a)
+
+
+def sliced(old: Tensor, kept: dict[int, Kept], known: dict[int, Tensor]) -> Tensor:
+    """A copy of the kept slices of a parameter or buffer, otherwise like it."""
+    new = gather(old.detach(), kept, known)
+    if new.data_ptr() == old.data_ptr() or new is old:
+        new = new.clone()
+    if (
+        old.ndim == 4
+        and not old.is_contiguous()
+        and old.is_contiguous(memory_format=torch.channels_last)
+    ):
+        new = new.contiguous(memory_format=torch.channels_last)
+    if isinstance(old, nn.Parameter):
+        new = nn.Parameter(new, requires_grad=old.requires_grad)
+    return new
+
+
+def set_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Write sizes into the attributes of a leaf module that hold them."""
+    for key, value in sizes.items():
+        if key in module.__dict__:  # not by setattr, which takes its time in a module
+            module.__dict__[key] = value
+        elif hasattr(module, key):
+            setattr(module, key, value)
 
 
 def _training(model: nn.Module, name: str) -> bool:

@@ -16,6 +16,10 @@ from typing import Any
 # it branches on; set while tracing
 noted: Callable[[Any], None] | None = None
 
+# told of each comparison that code makes of a traced number, as (function, left, right); set while
+# recording, when the same code is to run on other widths
+compared: Callable[[Callable[..., bool], Any, Any], None] | None = None
+
 
 class TracedInt(int):
     """An int with the expression ``(function, *arguments)`` that gave it."""
@@ -121,7 +125,32 @@ def _unary(function):
     return method
 
 
+def _comparison(function, own):
+    def method(self, other):
+        if compared is not None:
+            compared(function, self, other)
+        return own(self, other)
+
+    return method
+
+
+def _truth(own):
+    def method(self):
+        if compared is not None:
+            compared(operator.ne, self, 0)
+        return own(self)
+
+    return method
+
+
 def _install() -> None:
+    bases: list[tuple[Any, Any]] = [(TracedInt, int), (TracedFloat, float)]
+    for cls, base in bases:
+        for name in ("eq", "ne", "lt", "le", "gt", "ge"):
+            own = getattr(base, f"__{name}__")
+            setattr(cls, f"__{name}__", _comparison(getattr(operator, name), own))
+        cls.__bool__ = _truth(base.__bool__)
+        cls.__hash__ = base.__hash__
     for name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
         function = getattr(operator, name)
         for cls in Traced:

@@ -80,12 +80,7 @@ def traced_by(
             raise
         tracer = kind(model, rules, flags=False)
         tracer.trace(args, kwargs)
-    graph_module = _Unwritten(
-        _Lookup(model, tracer.tensor_constants), tracer.graph, type(model).__name__
-    )
-    graph_module.meta["fxprune_aliases"] = tracer.aliases
-    graph_module.meta["fxprune_notes"] = list(dict.fromkeys(tracer.notes))
-    return graph_module
+    return tracer.module()
 
 
 class _Unwritten(fx.GraphModule):
@@ -170,7 +165,7 @@ class Tracer(TorchFunctionMode):
         self.defaults = True  # whether inputs that are not tensors have defaults
         self.inside = 0  # how many leaf modules we are in
         self.leaf: tuple = ()  # the leaf module being run, and its arguments, for errors
-        self.nodes: dict[int, fx.Node] = {}  # id(tensor) -> node
+        self.nodes: dict[int, Any] = {}  # id(tensor) -> node
         self.kept: list[Any] = []  # keeps ids from being used again
         self.exprs: dict[Any, fx.Node] = {}
         self.standins: dict[int, torch.Tensor] = {}
@@ -184,7 +179,7 @@ class Tracer(TorchFunctionMode):
 
     def _copied(self, model: nn.Module, named: Mapping[str, nn.Module]) -> nn.Module:
         """A skeleton of the model that notes where its `training` flags are read."""
-        copies = _copies([*dict.fromkeys(named.values())])
+        copies = self.copies = _copies([*dict.fromkeys(named.values())])
         self.module_names: dict[int, str] = {}
         for name, module in named.items():
             copy = copies[id(module)]
@@ -333,7 +328,7 @@ class Tracer(TorchFunctionMode):
             self.check_input(node, value)
             return value
         node = self.graph.placeholder(name)
-        return self.opened(node, self._as_meta(value))
+        return self.opened(node, self.example(value))
 
     def check_input(self, node: fx.Node, value: Any) -> None:
         """Python saw the number itself, so the graph holds for no other."""
@@ -343,19 +338,32 @@ class Tracer(TorchFunctionMode):
         check = self.create("call_function", torch._assert, (found, text), {})
         found.meta["val"], check.meta["val"] = True, None
 
-    def _as_meta(self, value: Any) -> Any:
+    def example(self, value: Any) -> Any:
+        """What the model sees of an input."""
+
         def convert(t: Any) -> Any:
             return to_meta(t, {}).detach() if isinstance(t, torch.Tensor) else t
 
         with torch._C.DisableTorchFunction():
             return mapped(convert, value)
 
+    def known(self, tensor: torch.Tensor) -> fx.Node | None:
+        """The node that gave a tensor."""
+        return self.nodes.get(id(tensor))
+
+    def remember(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        self.nodes[id(tensor)] = node
+        self.kept.append(tensor)
+
+    def seen(self, node: fx.Node, value: Any) -> Any:
+        """What the graph holds of a node's value."""
+        return value
+
     def opened(self, node: fx.Node, value: Any) -> Any:
         """Register `value` as what `node` gives, its parts as items of it."""
-        node.meta["val"] = value
+        node.meta["val"] = self.seen(node, value)
         if isinstance(value, torch.Tensor):
-            self.nodes[id(value)] = node
-            self.kept.append(value)
+            self.remember(value, node)
         elif isinstance(value, (tuple, list, dict)):
             keys = value.keys() if isinstance(value, dict) else range(len(value))
             for key in keys:
@@ -389,18 +397,19 @@ class Tracer(TorchFunctionMode):
     def query(self, func, name: str, args, kwargs):
         """Shapes as traced ints; devices and dtypes remembered with the tensor they are of."""
         tensor = args[0]
+        node = self.known(tensor)
         prop = property_of(func)
-        if prop in ("shape", "size") and id(tensor) in self.nodes:
-            size = TracedSize(TracedInt(n, ("size", tensor, i)) for i, n in enumerate(func(tensor)))
+        if prop in ("shape", "size") and node is not None:
+            size = TracedSize(TracedInt(n, ("size", node, i)) for i, n in enumerate(func(tensor)))
             dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
             return size if dim is None or prop == "shape" else size[dim]
-        if prop in ("numel", "nelement") and id(tensor) in self.nodes:
-            return TracedInt(tensor.numel(), ("numel", tensor))
+        if prop in ("numel", "nelement") and node is not None:
+            return TracedInt(tensor.numel(), ("numel", node))
         found = func(*args, **kwargs)
-        if prop in ("__len__", "stride") and id(tensor) in self.nodes:
+        if prop in ("__len__", "stride") and node is not None:
             self.note(SIZE)
-        if prop in ("dtype", "device") and id(tensor) in self.nodes:
-            self.asked[found] = self.nodes[id(tensor)]
+        if prop in ("dtype", "device") and node is not None:
+            self.asked[found] = node
         if isinstance(found, torch.Tensor):
             return self.record(getattr, "getattr", (tensor, prop), {}, found)
         return found
@@ -421,9 +430,12 @@ class Tracer(TorchFunctionMode):
             leaves_it = sys._getframe(2).f_code.co_name == "__exit__"
             if func is torch._C._set_grad_enabled and args[0] is False and not leaves_it:
                 self.note(GRADIENTS)
+            self.reads(func, name, args, kwargs)
             return value
         op, target = self.target(func, name, bool(kwargs))
         node = self.create(op, target, self.nodes_of(args), self.nodes_of(kwargs))
+        if mutates or in_place(name):
+            self.changes(node, args[0])
         if mutates:
             node.meta["val"] = None
             return value
@@ -434,13 +446,18 @@ class Tracer(TorchFunctionMode):
 
     def reshaped(self, tensor: torch.Tensor, shape, stride, node: fx.Node) -> None:
         """An op changed a tensor's shape in place: what gave the tensor gave another."""
-        old = self.nodes.get(id(tensor))
+        old = self.known(tensor)
         if old is not None and old.meta["val"] is tensor:
             with torch._C.DisableTorchFunction():
                 made = torch.empty_strided(shape, stride, dtype=tensor.dtype, device="meta")
             old.meta["val"] = made
-        self.nodes[id(tensor)] = node
-        self.kept.append(tensor)
+        self.remember(tensor, node)
+
+    def reads(self, func, name: str, args, kwargs) -> None:
+        """A call gave no tensor. Without data, all that it can tell is shapes."""
+
+    def changes(self, node: fx.Node, tensor: torch.Tensor) -> None:
+        """A call writes to its first operand."""
 
     def own(self, value, args, versions):
         """A result that is an operand itself, and was not changed in place, gets an identity."""
@@ -467,15 +484,19 @@ class Tracer(TorchFunctionMode):
     def create(self, op: str, target: Any, args: tuple, kwargs: dict[str, Any]) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs)
         node.meta["source"] = self.source()
+        self.check_autocast(node)
+        return node
+
+    def check_autocast(self, node: fx.Node) -> None:
         if self.autocast != _autocast():
             raise TraceError(
                 "forward switches autocast on or off, which a graph cannot hold",
                 details=[("at", describe(node.meta["source"]))],
                 hint="use autocast around the call of the model, not in its forward",
             )
-        return node
 
     def call_module(self, call: Callable, module: nn.Module, args, kwargs):
+        module = self.copies.get(id(module), module)  # helper objects may hold the original's
         if self.inside or not self.is_leaf(module):
             return call(module, *args, **kwargs)
         versions = {id(t): t._version for t in leaves((args, kwargs), torch.Tensor)}
@@ -533,10 +554,14 @@ class Tracer(TorchFunctionMode):
         return self.exprs[node, name]
 
     def node_of(self, tensor: torch.Tensor) -> fx.Node:
-        if id(tensor) in self.nodes:
-            return self.nodes[id(tensor)]
+        known = self.known(tensor)
+        if known is not None:
+            return known
         name = self.tensor_names.get(id(tensor))
         if name is None:
+            unseen = self.unseen(tensor)
+            if unseen is not None:
+                return unseen
             if tensor.is_meta:
                 raise TraceError(
                     "a tensor came from code that the tracer cannot see",
@@ -554,9 +579,13 @@ class Tracer(TorchFunctionMode):
             self.tensor_constants[name] = tensor.detach()
         node = self.create("get_attr", name, (), {})
         node.meta["val"] = tensor
-        self.nodes[id(tensor)] = node
-        self.kept.append(tensor)
+        self.remember(tensor, node)
         return node
+
+    def unseen(self, tensor: torch.Tensor) -> fx.Node | None:
+        """The node of a tensor that no call gave and the model does not hold, if it is no
+        constant."""
+        return None
 
     def number(self, value) -> Any:
         """The node that computes a traced number."""
@@ -564,9 +593,10 @@ class Tracer(TorchFunctionMode):
         if expr[0] == "training":
             key: Any = expr
         elif expr[0] in ("size", "numel"):
-            if id(expr[1]) not in self.nodes:
+            of = self.known(expr[1]) if isinstance(expr[1], torch.Tensor) else expr[1]
+            if of is None or of.graph is not self.graph:  # left over from another trace
                 return plain(value)
-            key = (expr[0], id(expr[1]), *expr[2:])
+            key = expr = (expr[0], of, *expr[2:])
         else:
             key = id(value)
         if key not in self.exprs:
@@ -578,9 +608,9 @@ class Tracer(TorchFunctionMode):
         if expr[0] == "training":
             node = self.create("get_attr", expr[1], (), {})
         elif expr[0] == "size":
-            node = self.create("call_method", "size", (self.nodes[id(expr[1])], expr[2]), {})
+            node = self.create("call_method", "size", (expr[1], expr[2]), {})
         elif expr[0] == "numel":
-            node = self.create("call_method", "numel", (self.nodes[id(expr[1])],), {})
+            node = self.create("call_method", "numel", (expr[1],), {})
         else:
             node = self.create("call_function", expr[0], self.nodes_of(expr[1:]), {})
         node.meta["val"] = plain(value)
@@ -597,7 +627,8 @@ class Tracer(TorchFunctionMode):
         if tensor.is_meta or not (meta or changed or id(tensor) in self.standins):
             return tensor
         found = self.standins.get(id(tensor), tensor)
-        if changed and found is tensor and id(tensor) in self.tensor_names:
+        of_model = any(id(t) in self.tensor_names for t in (tensor, tensor._base))
+        if changed and found is tensor and of_model:
             found = self.standins[id(tensor)] = tensor.detach().clone()
             self.kept.append(tensor)
         return to_meta(found, self.metas) if meta else found
@@ -611,8 +642,19 @@ class Tracer(TorchFunctionMode):
             self.graph.output(self.output_of(output))
         for node in self.graph.nodes:
             if node.op == "output":
-                node.meta["val"] = output
+                node.meta["val"] = self.seen(node, output)
                 node.meta["source"] = None
+        self.tidy()
+
+    def module(self) -> fx.GraphModule:
+        lookup = _Lookup(self.original, self.tensor_constants)
+        made = _Unwritten(lookup, self.graph, type(self.original).__name__)
+        made.meta["fxprune_aliases"] = self.aliases
+        made.meta["fxprune_notes"] = list(dict.fromkeys(self.notes))
+        return made
+
+    def tidy(self) -> None:
+        """What nothing reads need not be computed."""
         sweep(self.graph)
 
     def output_of(self, value: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ from .plans import Kept
 
 
 class RewriteError(FxpruneError):
-    """A choice of channels cannot be written as a graph at this node."""
+    """A choice of channels cannot be written as a graph at this node, nor at `others`."""
 
-    def __init__(self, node: fx.Node, fault: str):
+    def __init__(self, node: fx.Node, fault: str, others: Sequence[RewriteError] = ()):
         super().__init__(fault)
-        self.node = node
+        self.node, self.others = node, others
 
 
 class Widths:

@@ -585,7 +585,7 @@ VALUES = {
 
 @pytest.mark.parametrize("name", VALUES)
 def test_a_forward_that_depends_on_values_names_the_line(name):
-    error = raised(TraceError, lambda: fxprune.prune(Two(VALUES[name]), X))
+    error = raised(TraceError, lambda: fxprune.prune(Two(VALUES[name]), X, frontend="symbolic"))
     assert error.fault.startswith("Two.forward depends on the values in a tensor")
     at = dict(error.details)["at"]
     line = VALUES[name].__code__.co_firstlineno
@@ -594,7 +594,7 @@ def test_a_forward_that_depends_on_values_names_the_line(name):
 
 
 def test_the_line_of_a_branch_is_quoted():
-    error = raised(TraceError, lambda: fxprune.prune(Two(branch), X))
+    error = raised(TraceError, lambda: fxprune.prune(Two(branch), X, frontend="symbolic"))
     assert dict(error.details)["at"].endswith("in branch: if x.sum() > 0:")
 
 
@@ -652,7 +652,7 @@ def test_autocast_inside_forward_is_named():
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return torch.matmul(x, x)
 
-    error = raised(TraceError, lambda: fxprune.prune(Two(half), X))
+    error = raised(TraceError, lambda: fxprune.prune(Two(half), X, frontend="symbolic"))
     assert error.fault == "forward switches autocast on or off, which a graph cannot hold"
     assert "return torch.matmul(x, x)" in dict(error.details)["at"]
 

@@ -201,12 +201,14 @@ def test_an_op_without_a_rule_freezes_what_reaches_it():
 # -- what it refuses -------------------------------------------------------------------------------
 
 
-def test_both_ways_say_why_they_fail():
+def test_all_ways_say_why_they_fail():
     model = net(lambda self, x: x * 2 if x.sum() > 0 else x)
+    model.uncopied = (n for n in range(3))
     with pytest.raises(TraceError) as caught:
         fxprune.analyze(model, picture())
     assert caught.value.fault.startswith("Net.forward depends on the values in a tensor")
     assert dict(caught.value.details)["export"].startswith("Net.forward depends on the values")
+    assert dict(caught.value.details)["record"].startswith("Net cannot be copied")
 
 
 def test_values_are_a_trace_error_with_the_line(capfd):

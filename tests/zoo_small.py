@@ -2484,7 +2484,7 @@ def mask_set_in_weights(m, x):
 
 
 @odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), t=par(8),
-     half="s 3", frozen="single elements")
+     half="s 3, a 4, t 4")
 def mask_set_to_token(m, x):
     y = m.a(m.s(x))
     y[x[..., 0] > 0] = m.t
@@ -2496,6 +2496,29 @@ def rows_set_by_positions(m, x):
     y = m.a(m.s(x))
     y[:, x[0, :, 0].argsort()[:2]] = 0.0
     return m.o(y)
+
+
+@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3),
+     half="s 3, a 4")
+def rows_picked_by_positions(m, x):
+    y = m.a(m.s(x))
+    return m.o(y[:, x[0, :, 0].argsort()[1:4]] + y[-1:, None, x[0, :, 1].argsort()[:3]].squeeze(1))
+
+
+@odd(tensor(2, 6, 5), a=nn.Linear(5, 8), b=nn.Linear(5, 8), o=nn.Linear(8, 3), half="a 4, b 4")
+def rows_laid_out_by_positions(m, x):
+    y = m.a(x)
+    order = x[0, :, 0].argsort()
+    laid = torch.zeros_like(y)
+    laid[:, order[:4]] = m.b(x)[:, order[2:]]
+    return m.o(laid + y)
+
+
+@odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(6, 3),
+     half="s 3, a 8", frozen="computed positions")
+def channels_picked_by_positions(m, x):
+    y = m.a(m.s(x))
+    return m.o(y[..., x[0, :, 0].argsort()])
 
 
 @odd(tensor(2, 6, 5), s=nn.Linear(5, 6), a=nn.Linear(6, 8), o=nn.Linear(8, 3), half="s 3",
