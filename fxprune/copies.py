@@ -126,6 +126,12 @@ class _Reading(Writer):
     def _scatter(self, source, dim, mask, value, operand):
         self.holds_number(operand)
 
+    def _cut(self, source, dim, mask, node):
+        self.holds_number(node)
+
+    def _scaled(self, source, part, node):
+        self.holds_number(node)
+
     def by_gather(self, node: fx.Node) -> None:
         self.holds_number(node)
 

@@ -218,7 +218,10 @@ class Writer:
                 self.env[node] = self._cut(self.env[node], dim, mask, node)
         part = share([self.widths.kept[ids] for ids in self.flow.averages.get(node, ())])
         if part < 1:
-            self.env[node] = self.graph.call_function(operator.mul, (self.env[node], part))
+            self.env[node] = self._scaled(self.env[node], part, node)
+
+    def _scaled(self, source: fx.Node, part: float, node: fx.Node) -> fx.Node:
+        return self.graph.call_function(operator.mul, (source, part))
 
     def _cut(self, source: fx.Node, dim: int, mask: Tensor, node: fx.Node) -> fx.Node:
         constant = f"_kept_{node.name}_{dim}"
