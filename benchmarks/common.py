@@ -87,6 +87,7 @@ def randomised(model: nn.Module, *args: Any) -> nn.Module:
 def _draw_affine(norm: Any) -> None:
     if norm.weight is not None:
         norm.weight.uniform_(0.5, 1.5)
+    if norm.bias is not None:
         norm.bias.normal_(0.0, 0.2)
 
 
