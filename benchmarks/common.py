@@ -87,6 +87,7 @@ def randomised(model: nn.Module, *args: Any) -> nn.Module:
 def _draw_affine(norm: Any) -> None:
     if norm.weight is not None:
         norm.weight.uniform_(0.5, 1.5)
+    if norm.bias is not None:
         norm.bias.normal_(0.0, 0.2)
 
 
@@ -101,20 +102,19 @@ def _blur(norm: Any) -> None:
 
 
 def apart(
-    module: str, *arguments: str, limit: float, memory: float = float("inf"), staged: bool = False
+    module: str, *arguments: str, limit: float, memory: float = float("inf")
 ) -> dict[str, Any]:
     """Run ``python -m module arguments`` in a process of its own; the JSON it prints last.
 
     A process that fails, takes longer than `limit` seconds or holds more than `memory` bytes gives
     ``{"problem": why, "ended": "code" | "time" | "memory"}``, over what it had printed by then.
-    With `staged`, each line of JSON it prints gives it `limit` seconds more.
     """
     command = [sys.executable, "-W", "ignore", "-m", module, *arguments]
     single = {**os.environ, "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(command, cwd=ROOT, env=single, stdout=out, stderr=err, text=True)
         try:
-            ended = _watched(process, out, limit, memory, staged)
+            ended = _watched(process, out, limit, memory)
         finally:
             process.kill()
             process.wait()
@@ -161,16 +161,22 @@ def _redirected(target: Callable[..., None], arguments: tuple, out: str, err: st
 
 
 def forked(
-    target: Callable[..., None], *arguments: Any, limit: float, memory: float = float("inf")
+    target: Callable[..., None],
+    *arguments: Any,
+    limit: float,
+    opening: float,
+    memory: float = float("inf"),
 ) -> dict[str, Any]:
-    """As `apart` with `staged`, for a function that prints JSON, in a forked process."""
+    """As `apart`, for a function that prints JSON, in a forked process. It has `opening` seconds
+    before it prints anything, and `limit` from one line to the next."""
     with tempfile.NamedTemporaryFile("w+") as out, tempfile.NamedTemporaryFile("w+") as err:
         process = Forked(target, arguments, out.name, err.name)
         try:
-            ended = _watched(process, out, limit, memory, staged=True)
+            ended = _watched(process, out, limit, memory, opening)
         finally:
             process.end()
-        return _outcome(process, out, err, ended, limit, memory)
+        allowed = limit if _last_json(out) else opening
+        return _outcome(process, out, err, ended, allowed, memory)
 
 
 def _outcome(
@@ -185,15 +191,17 @@ def _outcome(
     return {**(said or {}), "problem": problem, "ended": ended or "code"}
 
 
-def _watched(process: Any, out: IO[str], limit: float, memory: float, staged: bool) -> str:
+def _watched(
+    process: Any, out: IO[str], limit: float, memory: float, opening: float | None = None
+) -> str:
     """Wait for a process; "time" or "memory" where it broke a limit, else nothing."""
     start, printed = time.monotonic(), 0
     while process.poll() is None:
         time.sleep(0.05)
         size = os.fstat(out.fileno()).st_size
-        if staged and size > printed:
+        if opening and size > printed:
             start, printed = time.monotonic(), size
-        if time.monotonic() - start > limit:
+        if time.monotonic() - start > (limit if printed or not opening else opening):
             return "time"
         if _status("VmHWM", process.pid) > memory:
             return "memory"

@@ -32,6 +32,7 @@ from benchmarks.zoo_ours import Record, first_line, pruned_by_fxprune, warm_fxpr
 from benchmarks.zoo_peer import pruned_by_torch_pruning, warm_torch_pruning
 from benchmarks.zoo_reference import compared
 
+OPENING = 600.0  # seconds for building a network and running it, before a tool begins
 LISTS: dict[str, Callable[[], list[str]]] = {
     "torchvision": zoo_networks.torchvision_names,
     "timm-families": zoo_networks.timm_family_names,
@@ -60,7 +61,7 @@ def measure(
         record["stage"] = which
         say(record)
 
-    stage("build")
+    record["stage"] = "build"
     prune, warm = TOOLS[tool]
     warm()
     try:
@@ -68,10 +69,12 @@ def measure(
         record |= described(network)
         shape = None if network.large else structure(network, network.model)
     except Exception as error:
-        return record | {
-            "verdict": "not built",
-            "why": f"{type(error).__name__}: {first_line(error)}",
-        }
+        record["verdict"], record["why"] = (
+            "not built",
+            f"{type(error).__name__}: {first_line(error)}",
+        )
+        say(record)
+        return record
     original = network.model if tool == "fxprune" else copy.deepcopy(network.model)
     result = prune(network, record, stage)
     if result is not None:
@@ -151,6 +154,7 @@ def apart(name: str, tool: str, options: argparse.Namespace) -> Record:
     """The record of one network, measured in a process of its own."""
     start = time.monotonic()
     limits = {"limit": options.limit, "memory": options.memory * 2**30}
+    limits["opening"] = max(OPENING, options.limit)
     found = common.forked(measured, name, tool, options.shapes_above * 1e6, **limits)
     record = {"name": name, "tool": tool, "verdict": "", "stage": "build", **found}
     problem, ended = record.pop("problem", ""), record.pop("ended", "")

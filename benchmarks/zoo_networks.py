@@ -6,6 +6,7 @@ ever downloaded.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -121,7 +122,9 @@ def _torchvision(name: str, short: str, side: int) -> Network:
 
     *_, home, family = models.get_model_builder(short).__module__.split(".")
     kind = "classification" if home == "models" else home
-    model = common.torchvision_model(short)
+    resized = kind == "detection" and side and not short.startswith("ssd")
+    options = {"min_size": side, "max_size": side} if resized else {}
+    model = common.torchvision_model(short, **options)
     return Network(name, f"{home}.{family}".removeprefix("models."), kind, model,
                    _arguments(short, kind, side))  # fmt: skip
 
@@ -133,21 +136,30 @@ def _arguments(short: str, kind: str, side: int) -> tuple[Any, ...]:
     if kind == "optical_flow":
         return tuple(torch.rand(1, 3, side or 128, side or 128) * 2 - 1 for _ in range(2))
     if kind == "video":
+        frames = 4 if side else 16
         side = side or (224 if short.startswith(("mvit", "swin", "s3d")) else 112)
-        return (torch.randn(1, 3, 16, side, side),)
+        return (torch.randn(1, 3, frames, side, side),)
     side = side or (299 if "inception" in short else 224)
     return (torch.randn(1, 3, side, side),)
 
 
 def _timm(name: str, short: str, side: int) -> Network:
-    import timm
     from timm.models import _registry
 
-    model = timm.create_model(short, pretrained=False).eval()
+    model = _created(short, side).eval()
     channels, height, width = model.default_cfg["input_size"]
     size = (side, side) if side else (height, width)
     family = _registry._model_to_module.get(short, "")
     return Network(name, family, "timm", model, (torch.randn(1, channels, *size),))
+
+
+def _created(short: str, side: int) -> nn.Module:
+    import timm
+
+    if side:
+        with contextlib.suppress(TypeError):  # most networks take images of any size
+            return timm.create_model(short, pretrained=False, img_size=side)
+    return timm.create_model(short, pretrained=False)
 
 
 def others(args: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
