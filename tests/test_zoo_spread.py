@@ -54,13 +54,11 @@ SPREAD = {
     "timm:skresnet18": 64,
     "timm:vit_tiny_patch16_224": 64,
     "timm:vit_tiny_r_s16_p8_224": 64,
-}
-UNTRACED = {  # detectors, whose forward depends on the values of tensors
+    # detectors, whose forward depends on the values of tensors
     "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn": 96,
     "torchvision:retinanet_resnet50_fpn": 96,
     "torchvision:ssdlite320_mobilenet_v3_large": 0,
 }
-LATER = pytest.mark.xfail(reason="no frontend for it yet", strict=True)
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +69,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(
-    "name, side",
-    [*SPREAD.items(), *(pytest.param(*each, marks=LATER) for each in UNTRACED.items())],
-)
+@pytest.mark.parametrize("name, side", SPREAD.items())
 def test_it_is_pruned_by_half_and_computes_the_masked_original(name, side):
     record = zoo.measure(name, "fxprune", lambda record: None, side)
     assert (record["verdict"], record["why"]) == ("ok", "")
