@@ -152,6 +152,12 @@ def test_attention_is_a_softmax_of_a_product_of_activations(net, attends):
     assert zoo_networks.attends(net, (torch.randn(2, 4, 4),)) is attends
 
 
+def test_a_network_that_cannot_be_built_says_so():
+    said = []
+    zoo.measure("torchvision:no_such_network", "fxprune", lambda record: said.append(dict(record)))
+    assert said[-1]["verdict"] == "not built" and "no_such_network" in said[-1]["why"]
+
+
 def test_the_smallest_network_of_a_family_is_found():
     pytest.importorskip("timm")
     names = ["resnet50", "resnet10t", "resnet101", "test_resnet"]

@@ -54,7 +54,7 @@ SPREAD = {
     "timm:skresnet18": 64,
     "timm:vit_tiny_patch16_224": 64,
     "timm:vit_tiny_r_s16_p8_224": 64,
-    # recorded, as their forward depends on the values of tensors
+    # detectors, whose forward depends on the values of tensors
     "torchvision:fasterrcnn_mobilenet_v3_large_320_fpn": 96,
     "torchvision:retinanet_resnet50_fpn": 96,
     "torchvision:ssdlite320_mobilenet_v3_large": 0,
