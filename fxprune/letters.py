@@ -269,7 +269,7 @@ def _heads_as_wholes(call: _Call, layers: dict[int, list[Named]]) -> dict[int, l
 def _heads_stay(call: _Call, layers: dict[int, list[Named]]) -> None:
     """Rows that a product keeps apart do not go as a whole: behind it there is no channel for what
     it has summed over, and two operands that share rows alone would lose others."""
-    if any(map(call.is_raw, layers)):
+    if any(map(call.is_raw, range(len(call.values)))):
         return
     for i, named in ((i, named) for i, found in layers.items() for named in found):
         others = [la for j, found in layers.items() if j != i for la in found]
