@@ -299,7 +299,10 @@ class Tracer(TorchFunctionMode):
                 details=details,
                 hint="use the function as it was before torch.jit.script",
             )
-        if any(word in message.lower() for word in ("meta tensor", "data-dependent", "nonzero")):
+        if any(
+            word in message.lower()
+            for word in ("meta tensor", "meta device", "data-dependent", "nonzero")
+        ):
             return TraceError(
                 f"{name}.{ON_VALUES}: {message}",
                 details=details,
