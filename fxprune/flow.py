@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from . import einsum, letters, movement, picks, positions, recurrent
+from . import einsum, letters, movement, positions, recurrent
 from . import scatter as scattering
 from .errors import RuleError
 from .heads import Heads
@@ -751,7 +751,7 @@ class _Run:
         """Dims along which positions pick that the graph computes; None where that is not known."""
         bound = use.bound(node.args, node.kwargs)
         rest = {name: self.concrete(arg) for name, arg in bound.items() if arg is not node.args[0]}
-        if not positions.are_computed(rest):
+        if not positions.is_computed(rest):
             return set()
         self._freeze_unnamed(node, {k: v for k, v in bound.items() if v is not node.args[0]})
         if isinstance(rest.get("dim"), int):
@@ -767,20 +767,11 @@ class _Run:
                 layers.append(Layer(self.ids.fresh(size).view(dims), False))
         return layers
 
-    def _picked(self, node: fx.Node, use: Use, value: Value) -> Any:
-        """``value[index]`` by computed positions: channels along other dims pass."""
-        why = "picks elements by computed positions"
-        if use.rule.fix != "index" or self._any_layers(node.args[1:]):
-            return self.freeze_all(node, why)
-        passing = self._apart(node, value, why)
-        layers = [self._moved(node, layer, ids) for layer, ids in passing]
-        return self.made(tuple(node.meta["val"].shape), layers, value.weight)
-
     def _apart(self, node: fx.Node, value: Value, why: str) -> list[tuple[Layer, Tensor]]:
         """Layers that do not vary along dims in which an index is computed, with the ids picked of
         them; the others are frozen."""
         index = self.concrete(node.args[1])
-        found = [(layer, picks.picked(layer.ids, index)) for layer in value.layers]
+        found = [(layer, positions.picked(layer.ids, index)) for layer in value.layers]
         if found and all(ids is None for _, ids in found):
             self.result.unknown[node] = why
         for layer, ids in found:
@@ -973,7 +964,7 @@ def _by_elements(index: Any, target: Value) -> bool:
     """Whether an index is computed, or a mask over several dims with channels along one of them."""
     tensors = leaves(index, Tensor)
     picked = positions.picked_dims(index, len(target.shape))
-    computed = positions.are_computed(index)
+    computed = positions.is_computed(index)
     if computed or picked is None or any(picked & set(la.varying) for la in target.layers):
         return True
     tensors = leaves(index, Tensor)

@@ -16,7 +16,6 @@ from .flow import Flow
 from .ids import Layer, Value
 from .letters import DimsUse, new_size
 from .literals import Call, Context
-from .picks import is_computed
 from .plans import Kept
 from .pruned import PrunedModule
 from .rules import Use
@@ -391,7 +390,7 @@ class Writer:
 
     def delivers(self, call: Call, source: Value) -> bool:
         """Whether the corrected call puts the kept channels where they should be."""
-        if is_computed(_concrete(call.args[1:])):
+        if positions.is_computed(_concrete(call.args[1:])):
             return True  # along other dims than those of the channels
         wanted = self._outputs(call.node)
         shapes = [self.widths.shape(call.node, value) for value in wanted]
