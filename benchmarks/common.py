@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
@@ -153,11 +154,20 @@ def _server() -> Any:
 
 
 def _redirected(target: Callable[..., None], arguments: tuple, out: str, err: str) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, stream.fileno())
     target(*arguments)
     sys.stdout.flush()
+
+
+def _end_with_parent() -> None:
+    """A forked process is the server's child, and would outlive who asked for it."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def forked(
