@@ -128,6 +128,8 @@ def _copies(modules: Sequence[nn.Module]) -> dict[int, nn.Module]:
                 copy.__dict__[name] = _unshared(value, known)
         for table in ("_parameters", "_buffers"):
             copy.__dict__[table] = dict(module.__dict__[table])
+        for table in _HOOKS:  # forward may add some
+            copy.__dict__[table] = module.__dict__[table].copy()
         children = module.__dict__["_modules"].items()
         copy.__dict__["_modules"] = {
             name: None if m is None else copies[id(m)] for name, m in children
@@ -136,6 +138,7 @@ def _copies(modules: Sequence[nn.Module]) -> dict[int, nn.Module]:
 
 
 _TABLES = frozenset(nn.Module().__dict__)
+_HOOKS = tuple(sorted(n for n in _TABLES if n.startswith(("_forward_", "_backward_"))))
 _CONTAINERS = (list, dict, set, collections.OrderedDict, collections.defaultdict, collections.deque)
 
 

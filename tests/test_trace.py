@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils import _pytree as pytree
 
+import fxprune
 from fxprune import rules
 from fxprune.errors import InputError, TraceError
 from fxprune.trace import describe, skeleton, trace
@@ -739,3 +740,18 @@ def test_a_value_keeps_its_shape_where_the_next_op_changes_it_in_place(forward):
 def _changed_shape(x):
     x.transpose_(1, 2)
     return x
+
+
+def test_hooks_that_forward_adds_stay_off_the_model():
+    """Some libraries collect what layers give by hooks, which the first run puts there."""
+
+    def forward(self, x):
+        if not getattr(self, "hooked", False):
+            self.hooked, self.seen = True, []
+            self.a.register_forward_hook(lambda module, args, found: self.seen.append(found))
+        self.seen.clear()
+        return self.b(torch.relu(self.a(x))) + sum(self.seen).mean()
+
+    model = net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1)).double().eval()
+    assert fxprune.prune(model, picture(), rate=0.5).fxprune.report.verification.elements
+    assert not model.a._forward_hooks and not hasattr(model, "hooked")
