@@ -92,6 +92,98 @@ def one_weight_two_convs(m, x):
 CASES["one_weight_two_convs"].parts["b"].weight = CASES["one_weight_two_convs"].parts["a"].weight
 
 
+# -- positions that the network computes -----------------------------------------------------------
+
+
+def _tokens(m, x):
+    """Tokens and the positions of those with the largest of three scores."""
+    x = m.a(x).flatten(2).transpose(1, 2)
+    return x, m.score(x).amax(-1).topk(5, dim=1)[1]
+
+
+@structure(
+    image(), half="a 4, b 3", a=conv(3, 8), score=nn.Linear(8, 3),
+    b=nn.Linear(8, 6), o=nn.Linear(6, 2),
+)
+def tokens_gathered(m, x):
+    x, best = _tokens(m, x)
+    return m.o(m.b(torch.gather(x, 1, best.unsqueeze(-1).expand(-1, -1, 8))))
+
+
+@structure(
+    image(), half="a 4, b 3", a=conv(3, 8), score=nn.Linear(8, 3),
+    b=nn.Linear(8, 6), o=nn.Linear(6, 2),
+)
+def tokens_gathered_by_repeats(m, x):
+    x, best = _tokens(m, x)
+    return m.o(m.b(x.gather(dim=1, index=best[:, :, None].repeat(1, 1, x.shape[-1]))))
+
+
+@structure(
+    image(), half="a 4, b 3", a=conv(3, 8), score=nn.Linear(8, 3),
+    b=nn.Linear(8, 6), o=nn.Linear(6, 2),
+)
+def tokens_gathered_by_a_number_of_repeats(m, x):
+    x, best = _tokens(m, x)
+    return m.o(m.b(x.gather(1, best[:, :, None].repeat(1, 1, 8))))
+
+
+@structure(
+    image(), half="a 4, b 3", a=conv(3, 8), score=nn.Linear(8, 3),
+    b=nn.Linear(8, 6), o=nn.Linear(6, 2),
+)
+def tokens_indexed(m, x):
+    x, best = _tokens(m, x)
+    return m.o(m.b(x[torch.arange(x.shape[0])[:, None], best]))
+
+
+@structure(
+    image(), half="a 4, b 3", a=conv(3, 8), score=nn.Linear(8, 3),
+    b=nn.Linear(8, 6), o=nn.Linear(6, 2),
+)
+def tokens_selected(m, x):
+    x, best = _tokens(m, x)
+    return m.o(m.b(x.index_select(1, best[0])))
+
+
+@structure(
+    image(), image(), half="a 8, b 3", frozen="is picked by computed positions", a=conv(3, 8),
+    b=conv(3, 6), o=conv(6, 2),
+)
+def channels_indexed_by_what_is_computed(m, x, y):
+    return m.o(m.b(m.a(x)[:, y[0, 0, 0].topk(3)[1]]))
+
+
+@structure(image(), image(), half="a 4, b 3", a=conv(3, 8), b=conv(3, 6), o=conv(6, 2))
+def channels_gathered(m, x, y):
+    return m.o(m.b(m.a(x).gather(1, y.argsort(dim=1))))
+
+
+@structure(
+    image(), half="a 8, b 3", frozen="meets `index`, which has no channels", a=conv(3, 8),
+    b=conv(8, 6), o=conv(6, 2),
+)
+def positions_that_differ_by_channel(m, x):
+    x = m.a(x)
+    where = (torch.arange(8 * 5) % 7).view(1, 8, 1, 5).expand(x.shape[0], -1, x.shape[2], -1)
+    return m.o(m.b(x.gather(3, where)))
+
+
+@structure(image(), half="a 4, b 3", a=conv(3, 8), b=conv(8, 6), o=conv(6, 2))
+def positions_of_the_same_channels(m, x):
+    x = m.a(x).flatten(2)
+    return m.o(m.b(x.gather(2, x.topk(4, dim=2)[1])[..., None]))
+
+
+@structure(
+    image(), image(), half="a 8, b 4, c 3", frozen="is `index` of getitem", a=conv(3, 8),
+    b=conv(3, 8), c=conv(8, 6), o=conv(6, 2),
+)
+def channels_read_as_positions(m, x, y):
+    rows = m.a(x).amax((0, 2, 3)).long() % 2
+    return m.o(m.c(m.b(y)[rows]))
+
+
 # -- split, chunk, gates ---------------------------------------------------------------------------
 
 
