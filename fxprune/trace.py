@@ -28,7 +28,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from . import shapes, sizes
-from .errors import FxpruneError, InputError, ModelError, TraceError
+from .errors import FxpruneError, InputError, ModelError, RuleError, TraceError
 from .meta import evaluate, in_place, to_meta
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
@@ -253,6 +253,8 @@ class Tracer(TorchFunctionMode):
         bound = self.bind(args, kwargs)
         try:
             return self.model(*bound.args, **bound.kwargs)
+        except RuleError as error:  # a module's parameters do not fit what it is given
+            raise self.failed(error) from error
         except FxpruneError:
             raise
         except Exception as error:

@@ -712,6 +712,12 @@ def test_inputs_that_do_not_fit_are_an_input_error(forward, args):
         graph_of(net(forward, a=conv()), *args)
 
 
+def test_parameters_that_do_not_fit_are_an_input_error_of_their_layer():
+    model = net(lambda self, x: self.bn(self.a(x)), a=conv(), bn=nn.BatchNorm2d(7)).double()
+    with pytest.raises(InputError, match=r"BatchNorm2d `bn` on 2x4x"):
+        graph_of(model, picture())
+
+
 def test_failing_trace_leaves_torch_as_it_was():
     call = nn.Module.__call__
     with pytest.raises(InputError):
