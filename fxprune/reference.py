@@ -150,7 +150,8 @@ class Masked(Cast):
             # a dropped weight may be divided by its own norm, a dropped value inverted: 0 / 0 and
             # 1 / 0 only ever meet weights that are zero, but 0 * inf is no number
             keep = self._mask(value, found.shape).to(found.device)
-            return torch.where(keep, found, torch.zeros_like(found))
+            if bool((found[~keep] != 0).any()):  # else a view of a weight stays one, too
+                return torch.where(keep, found, torch.zeros_like(found))
         return found
 
     def _note_dtype(self, n: fx.Node, found: Any) -> None:

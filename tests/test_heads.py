@@ -313,3 +313,22 @@ class Lengths(Packed):
 def test_lengths_of_heads_are_exact(cls, heads):
     small = pruned(cls, heads=heads)
     assert width(small, "qkv") == 3 * WIDTH // 2
+
+
+class Zeroed(Cosine):
+    """Keys without a bias, which is set to zero in a part of a copy (Swin V2 of torchvision)."""
+
+    def attend(self, x):
+        b, n, c = x.shape
+        bias = self.qkv.bias.clone()
+        third = bias.numel() // 3
+        bias[third : 2 * third].zero_()
+        packed = F.linear(x, self.qkv.weight, bias).reshape(b, n, 3, HEADS, DIM)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.product(q, k, v).transpose(1, 2).reshape(b, n, c)
+
+
+@pytest.mark.parametrize("heads", ["dims", "whole"])
+def test_a_part_of_a_weight_is_changed_in_place(heads):
+    small = pruned(Zeroed, heads=heads)
+    assert width(small, "qkv") == 3 * WIDTH // 2
