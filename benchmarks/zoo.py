@@ -257,6 +257,7 @@ def main() -> int:
     parser.add_argument("--again", action="append", default=[], metavar="VERDICT",
                         help="measure those of this verdict again (a pattern)")  # fmt: skip
     parser.add_argument("--page", action="store_true", help="make the page and run nothing")
+    parser.add_argument("--note", default="", help="a sentence on the page about this run")
     parser.add_argument("--out", help="a Markdown file to write")
     options = parser.parse_args()
     log = Log(options.resume)
@@ -266,7 +267,7 @@ def main() -> int:
     if options.out:
         from benchmarks import zoo_page
 
-        zoo_page.publish(log.lists, list(log.records.values()), options.out)
+        zoo_page.publish(log.lists, list(log.records.values()), options.out, options.note)
     return 0
 
 

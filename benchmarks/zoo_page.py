@@ -31,13 +31,14 @@ is without. Memory is the peak above that of the loaded network.
 """
 
 
-def publish(lists: Lists, records: list[Record], out: str) -> None:
-    """Write the page, and print its summary."""
+def publish(lists: Lists, records: list[Record], out: str, note: str = "") -> None:
+    """Write the page, and print its summary; `note` says how this run was made."""
     lists = {title: names for title, names in lists.items() if _of(records, names)}
     summary = ("Summary", SUMMARY, summaries(lists, records))
     common.show(*summary)
     packages = common.versions("torchvision", "timm", "torch-pruning")
-    parts = [HOW.format(versions=packages), common.markdown(*summary)]
+    parts = [HOW.format(versions=packages), *([f"{note}\n"] if note else [])]
+    parts.append(common.markdown(*summary))
     for title, names in lists.items():
         parts += [f"{line}\n" for line in headlines(title, _of(records, names))]
     parts.append(common.markdown("Misses", MISSES, misses(records)))
