@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+_MANY = 1 << 16  # ids of a freeze that are better kept once each
+
 Role = Literal["out", "in", "through", "scale", "free"]
 
 
@@ -134,7 +136,13 @@ class Ids:
         self.ties.append(Tie(node, left, right))
 
     def freeze(self, node: fx.Node | None, ids: Tensor, reason: str) -> None:
-        self.frozen.append(Freeze(node, ids, reason))
+        self.frozen.append(Freeze(node, self._each(ids) if ids.numel() > _MANY else ids, reason))
+
+    def _each(self, ids: Tensor) -> Tensor:
+        """The ids of a large tensor, each once."""
+        found = torch.zeros(self.count, dtype=torch.bool)
+        found[ids.reshape(-1)] = True
+        return found.nonzero().flatten()
 
     def split(self, node: fx.Node, ids: Tensor) -> None:
         """The ids vary jointly over several dims here: the kept ones must stay a full grid."""
@@ -146,9 +154,10 @@ class Ids:
 
 def compress(ids: Tensor, dims: Sequence[int]) -> Tensor:
     """The same ids with those of `dims` along which they do not vary reduced to size 1."""
+    before = ids.numel()
     for d in dims:
         if ids.shape[d] > 1:
             first = ids.narrow(d, 0, 1)
             if torch.equal(ids, first.expand_as(ids)):
                 ids = first
-    return ids
+    return ids.clone() if ids.numel() < before else ids  # a view would keep all of them alive
