@@ -31,6 +31,7 @@ from .rules import Rules
 from .sizes import Traced, TracedInt, TracedSize
 from .trace import (
     GRADIENTS,
+    OF_ONE_PATH,
     ON_VALUES,
     OWN_BACKWARD,
     SIZE,
@@ -300,8 +301,7 @@ class _Exporter(Retracer):
         return TraceError(
             fault,
             details=[("at", describe(_user_frame(error)))],
-            hint="a graph has one path for all inputs; move what depends on values out of forward, "
-            "or prune the part of the model before it",
+            hint=OF_ONE_PATH,
         )
 
 

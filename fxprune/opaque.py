@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .errors import TraceError
 from .sizes import Traced, TracedSize, plain, retraced
-from .trace import ON_VALUES, describe
+from .trace import OF_ONE_PATH, ON_VALUES, describe
 from .trees import leaves, mapped
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -134,8 +134,7 @@ class Calls:
             raise TraceError(
                 ON_VALUES,
                 details=[("at", describe(call.source))],
-                hint="a graph has one path for all inputs; move the value-dependent part out of "
-                "forward, or prune the part of the model before it",
+                hint=OF_ONE_PATH,
             )
         self.calls.append(call)
         made = iter(op()(len(self.calls) - 1, tensors, numbers))

@@ -51,6 +51,10 @@ _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimens
 SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
 TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
 ON_VALUES = "forward depends on the values in a tensor"
+OF_ONE_PATH = (
+    'a graph has one path for all inputs; frontend="record", tried last by default, prunes a copy '
+    "of the model for the path that the example takes"
+)
 GRADIENTS = "forward switches gradients off, which the graph does not hold: use requires_grad"
 OWN_BACKWARD = "the backward of `{}` is not in the graph: gradients are those of its forward"
 
@@ -311,8 +315,7 @@ class Tracer(TorchFunctionMode):
             return TraceError(
                 f"{name}.{ON_VALUES}: {message}",
                 details=details,
-                hint="a graph has one path for all inputs; move the value-dependent part out of "
-                "forward, or prune the part of the model before it",
+                hint=OF_ONE_PATH,
             )
         return InputError(
             f"{name}.forward fails on the example inputs: {type(error).__name__}: {message}",
