@@ -738,7 +738,11 @@ class _Run:
             if found is None:
                 return self.freeze_all(node, "could not be run on channel ids")
             for i, ids in enumerate(found):
-                per_output[i].append(self._moved(node, layer, ids))
+                if value.weight and _is_lookup(layer, ids):
+                    why = f"is a place in a table that %{node.name} looks up"
+                    self.ids.freeze(node, layer.ids, why)
+                else:
+                    per_output[i].append(self._moved(node, layer, ids))
         if use.rule.spreads:
             per_output[0] += self._spread(value.shape, tuple(outputs[0].shape))
         made = [
@@ -973,6 +977,15 @@ def _by_elements(index: Any, target: Value) -> bool:
     # before other parts of an index it is not clear where the mask lies
     end = masked if isinstance(index, Tensor) else len(target.shape)
     return masked > 1 and any(min(la.varying, default=0) < end for la in target.layers)
+
+
+def _is_lookup(layer: Layer, ids: Tensor) -> bool:
+    """Whether places along one dim are picked, some more often than others, as a table of positions
+    is by the distance of each pair. Nothing later can lose such a place as a whole."""
+    if len(layer.varying) != 1 or ids.numel() <= layer.ids.numel():
+        return False
+    _, counts = torch.unique(ids, return_counts=True)
+    return bool((counts != counts[0]).any())
 
 
 def _is_mask_of(mask: Value, dtype: torch.dtype, target: Value) -> bool:

@@ -332,3 +332,28 @@ class Zeroed(Cosine):
 def test_a_part_of_a_weight_is_changed_in_place(heads):
     small = pruned(Zeroed, heads=heads)
     assert width(small, "qkv") == 3 * WIDTH // 2
+
+
+class Distances(Packed):
+    """Rows of a table for each pair of tokens, met by the queries (MViT, decomposed positions)."""
+
+    def parts(self):
+        super().parts()
+        self.table = nn.Parameter(torch.randn(2 * TOKENS - 1, DIM))
+        at = torch.arange(TOKENS)
+        self.register_buffer("distance", at[:, None] - at + TOKENS - 1)
+
+    def product(self, q, k, v):
+        near = torch.einsum("bhqd,qkd->bhqk", q, self.table[self.distance])
+        return (q @ k.transpose(-2, -1) + near).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("cls", [Table, TableAsMask, Distances], ids=lambda cls: cls.__name__)
+def test_a_table_of_positions_leaves_no_ids_of_pairs(cls):
+    torch.manual_seed(0)
+    found = fxprune.analyze(randomise(cls()), torch.randn(2, TOKENS, 5, dtype=torch.float64))
+    layers = [la for v in found.flow.values.values() for la in getattr(v, "layers", ())]
+    assert all(la.ids.numel() < TOKENS**2 for la in layers)
+    (stays,) = [f for f in found.flow.ids.frozen if "looks up" in f.reason]
+    assert stays.ids.numel() == found.tensors["table"].shape[0]
+    pruned(cls)

@@ -761,3 +761,42 @@ def test_hooks_that_forward_adds_stay_off_the_model():
     model = net(forward, a=nn.Conv2d(3, 4, 1), b=nn.Conv2d(4, 2, 1)).double().eval()
     assert fxprune.prune(model, picture(), rate=0.5).fxprune.report.verification.elements
     assert not model.a._forward_hooks and not hasattr(model, "hooked")
+
+
+class LookedUp(nn.Module):
+    """A bias for each pair of 600 tokens, from a table of their distances."""
+
+    def __init__(self, tokens: int = 600):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2 * tokens - 1, 2))
+        at = torch.arange(tokens)
+        self.register_buffer("index", at[:, None] - at + tokens - 1)
+        self.up, self.down = nn.Linear(2, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        bias = self.table[self.index.view(-1)].view(*self.index.shape, -1).permute(2, 0, 1)
+        return self.down(self.up(((bias + 0) @ x).mean(1)))
+
+
+def test_large_computed_constants_are_shapes_only():
+    graph = graph_of(LookedUp(), torch.randn(1, 600, 2))
+    values = {node.name: node.meta["val"] for node in graph.graph.nodes}
+    real = [name for name, v in values.items() if isinstance(v, torch.Tensor) and not v.is_meta]
+    assert set(real) == {"table", "index", "view"}
+    small = graph_of(LookedUp(20), torch.randn(1, 20, 2))
+    assert not next(n for n in small.graph.nodes if n.name == "getitem").meta["val"].is_meta
+
+
+class AsksOfALargeConstant(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.head = nn.Linear(600, 600), nn.Linear(600, 2)
+
+    def forward(self, x):
+        x = self.fc(x)
+        return self.head(x if (self.fc.weight * 2).sum() > -1e9 else x * 2)
+
+
+def test_the_values_of_a_large_computed_constant_take_another_way():
+    small = fxprune.prune(AsksOfALargeConstant(), torch.randn(2, 600), rate=0.5)
+    assert small.fxprune.report.frontend == "record" and small.fc.out_features == 300
