@@ -37,11 +37,12 @@ def in_order(ids: Tensor, origin: Tensor) -> bool:
     """
     rows = ids.squeeze()
     rows = rows.reshape(-1, rows.shape[-1])
-    known, order = torch.sort(origin.reshape(-1), stable=True)
-    at = torch.searchsorted(known, rows.contiguous()).clamp(max=len(known) - 1)
-    if not torch.equal(known[at], rows):
+    known = origin.reshape(-1)
+    first = torch.full((int(max(known.max(), rows.max())) + 1,), len(known))
+    first.scatter_reduce_(0, known, torch.arange(len(known)), "amin")
+    where = first[rows]
+    if bool((where == len(known)).any()):
         return False
-    where = order[at]
     row, position = where // origin.shape[-1], where % origin.shape[-1]
     return bool((row == row[:, :1]).all()) and bool((position[:, 1:] > position[:, :-1]).all())
 
