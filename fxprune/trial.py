@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .flow import Flow, Mixing, _Run
+from .flow import Flow, Mixing, Walk
 from .groups import Groups, groups
 from .ids import Layer, Slot, Value
 from .letters import Dims
@@ -47,7 +47,7 @@ class Caller(nn.Module):
 # -- flow on a sample ----------------------------------------------------------------------------
 
 
-class Seeded(_Run):
+class Seeded(Walk):
     """Flow with ids on the network's inputs, and outputs that may shrink."""
 
     def __init__(self, result: Flow, rules: Rules, mixing: Mixing, seeds: dict[str, bool | None]):

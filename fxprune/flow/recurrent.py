@@ -8,14 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .ids import Ids, Layer, Role, Value
-from .letters import DimsUse, Named
-from .pattern import Binding
-from .rules import Rule
+from ..ids import Ids, Layer, Role, Value
+from ..letters import DimsUse, Named
+from ..pattern import Binding
+from ..rules import Rule, Use
+from ..trees import leaves, mapped
+from .run import Run
+
+
+def recurrent(run: Run, node: fx.Node, use: Use) -> Any:
+    """A module's outputs: ids of its hidden units, which are as many at each step."""
+    own = weights(run.modules[node.target])
+    bound = use.bound(node.args, node.kwargs)
+    source = run.of(bound.get("input"))
+    if not own.all_own() or not isinstance(source, Value):
+        return run.freeze_all(node, "has computed weights, or steps of several lengths")
+    call = Recurrence(run.ids, node, own, lambda name: _own(run, node, name))
+    hidden, given = call.units()
+    read = call.reads(run.opened(source))
+    states = [run.opened(v) for v in leaves(run.of(bound.get("hx")), Value)]
+    zero = [call.starts(u, s) for u, s in zip((given, hidden), states, strict=False)]
+    run.result.uses[node] = call.used(use.rule, read, hidden, given)
+    tensors = leaves(node.meta["val"], Tensor)
+    made = results(own, tensors, hidden, given, all(zero))
+    return mapped(lambda _: next(made), node.meta["val"])
+
+
+def _own(run: Run, node: fx.Node, name: str) -> str:
+    """The full name of a module's parameter."""
+    return run.aliases.get(f"{node.target}.{name}", f"{node.target}.{name}")
 
 
 @dataclass(frozen=True)
