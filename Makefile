@@ -55,7 +55,7 @@ zoo-all: $(VENV)/.bench
 		--limit $(LIMIT) --memory $(MEMORY) --jobs $(JOBS) --out docs/zoo.md
 
 zoo-page: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.zoo --page --resume $(ZOO) --out docs/zoo.md
+	$(BIN)/python -m benchmarks.zoo --page $(ZOO:%=--resume %) --out docs/zoo.md
 
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/prune_time.py

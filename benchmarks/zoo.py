@@ -174,15 +174,16 @@ def broken(record: Record, problem: str, ended: str) -> Record:
 
 
 class Log:
-    """A JSONL file of records, the last of each network and tool counting, and of lists."""
+    """JSONL files of records, the last of each network and tool counting, and of lists. All are
+    read, the last is written to."""
 
-    def __init__(self, path: str | None):
-        self.path, self.lock = Path(path) if path else None, threading.Lock()
+    def __init__(self, *paths: str):
+        self.path, self.lock = Path(paths[-1]) if paths else None, threading.Lock()
         self.records: dict[tuple[str, str], Record] = {}
         self.lists: dict[str, list[str]] = {}
-        lines = self.path.read_text().splitlines() if self.path and self.path.exists() else []
-        for line in lines:
-            self._take(json.loads(line))
+        for path in map(Path, paths):
+            for line in path.read_text().splitlines() if path.exists() else []:
+                self._take(json.loads(line))
 
     def _take(self, entry: Record) -> None:
         if "list" in entry:
@@ -253,14 +254,15 @@ def main() -> int:
     parser.add_argument("--memory", type=float, default=8, help="GiB a process may hold")
     parser.add_argument("--shapes-above", type=float, default=float("inf"), metavar="MILLIONS",
                         help="larger networks are verified by shapes alone")  # fmt: skip
-    parser.add_argument("--resume", metavar="FILE.jsonl", help="results, old and new")
+    parser.add_argument("--resume", action="append", default=[], metavar="FILE.jsonl",
+                        help="results, old and new; of several files the last is written to")  # fmt: skip
     parser.add_argument("--again", action="append", default=[], metavar="VERDICT",
                         help="measure those of this verdict again (a pattern)")  # fmt: skip
     parser.add_argument("--page", action="store_true", help="make the page and run nothing")
     parser.add_argument("--note", default="", help="a sentence on the page about this run")
     parser.add_argument("--out", help="a Markdown file to write")
     options = parser.parse_args()
-    log = Log(options.resume)
+    log = Log(*options.resume)
     if not options.page:
         options.list = options.list or ["torchvision"]
         run(log, options)

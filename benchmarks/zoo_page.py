@@ -42,10 +42,18 @@ def publish(lists: Lists, records: list[Record], out: str, note: str = "") -> No
     for title, names in lists.items():
         parts += [f"{line}\n" for line in headlines(title, _of(records, names))]
     parts.append(common.markdown("Misses", MISSES, misses(records)))
-    for title, names in lists.items():
-        found = families(_of(records, names))
-        parts.append(common.markdown(f"fxprune by family: {title}", FAMILIES, found))
+    parts += [common.markdown(*table) for table in family_tables(lists, records)]
     common.write(out, "Whole zoos", parts)
+
+
+def family_tables(lists: Lists, records: list[Record]) -> Iterable[tuple[str, Any, Any]]:
+    """A table for each list with a family that no list before it has."""
+    shown: set[str] = set()
+    for title, names in lists.items():
+        found = _of(records, names, "fxprune")
+        if known := {r["family"] for r in found if "family" in r} - shown:
+            shown |= known
+            yield f"fxprune by family: {title}", FAMILIES, families(found)
 
 
 def _of(records: Iterable[Record], names: Sequence[str], tool: str = "") -> list[Record]:

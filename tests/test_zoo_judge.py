@@ -206,3 +206,20 @@ def test_a_page_is_made_of_records_alone(tmp_path):
     assert "| small | fxprune | 2 | 2 | 1 | 50.0% | 1 |" in page
     assert "1 of 2 CNN families (those without softmax attention) have >= 70% of all" in page
     assert "7 an unknown op" in page and "| `timm:b` | fxprune | silently wrong |" in page
+
+
+def test_of_several_files_the_last_counts_and_is_written_to(tmp_path):
+    first, last = tmp_path / "first.jsonl", tmp_path / "last.jsonl"
+    first.write_text("".join(json.dumps(each) + "\n" for each in RECORDS[:2]))
+    last.write_text(json.dumps(RECORDS[2]) + "\n")
+    log = zoo.Log(str(first), str(last))
+    assert [r["verdict"] for r in log.records.values()] == ["ok"]
+    log.add(RECORDS[3])
+    assert len(first.read_text().splitlines()) == len(last.read_text().splitlines()) == 2
+
+
+def test_a_list_shows_its_families_unless_another_did():
+    records = [r for r in RECORDS if "family" in r]
+    lists = {"some": ["timm:a"], "same": ["timm:a"], "more": ["timm:a", "timm:b"]}
+    titles = [title for title, *_ in zoo_page.family_tables(lists, records)]
+    assert titles == ["fxprune by family: some", "fxprune by family: more"]
