@@ -255,7 +255,7 @@ def main() -> int:
     parser.add_argument("--shapes-above", type=float, default=float("inf"), metavar="MILLIONS",
                         help="larger networks are verified by shapes alone")  # fmt: skip
     parser.add_argument("--resume", action="append", default=[], metavar="FILE.jsonl",
-                        help="results, old and new; of several files the last is written to")  # fmt: skip
+                        help="results, old and new; of several the last is written to")  # fmt: skip
     parser.add_argument("--again", action="append", default=[], metavar="VERDICT",
                         help="measure those of this verdict again (a pattern)")  # fmt: skip
     parser.add_argument("--page", action="store_true", help="make the page and run nothing")
