@@ -33,6 +33,7 @@ is without. Memory is the peak above that of the loaded network.
 
 def publish(lists: Lists, records: list[Record], out: str, note: str = "") -> None:
     """Write the page, and print its summary; `note` says how this run was made."""
+    lists = {title: lists[title] for title in sorted(lists, key=lambda t: len(lists[t]))}
     lists = {title: names for title, names in lists.items() if _of(records, names)}
     summary = ("Summary", SUMMARY, summaries(lists, records))
     common.show(*summary)
@@ -74,7 +75,8 @@ def summaries(lists: Lists, records: list[Record]) -> list[list[str]]:
     rows = []
     for title, names in lists.items():
         for tool in dict.fromkeys(r["tool"] for r in records):
-            if found := _of(records, names, tool):
+            found = _of(records, names, tool)
+            if 2 * len(found) >= len(names):  # a tool that other lists alone were for has no row
                 rows.append([title, tool, *summed(found)])
     return rows
 
@@ -103,8 +105,11 @@ def share(some: float, all_: float) -> str:
 
 
 def headlines(title: str, records: list[Record]) -> Iterable[str]:
-    """How many families can lose most of their channels, by their smallest network here."""
-    plain = [r for r in smallest(records) if not r.get("attention")]
+    """How many families can lose most of their channels, by their smallest network here; of one
+    that was never run it is not known whether it attends."""
+    if 2 * sum(bool(r.get("large")) for r in records) > len(records):
+        return
+    plain = [r for r in smallest(records) if not r.get("attention") and not r.get("large")]
     for what, of in (("all channels", freedom), ("channels other than the outputs", inner_freedom)):
         many = sum(of(r) >= MANY for r in plain)
         yield (

@@ -223,3 +223,9 @@ def test_a_list_shows_its_families_unless_another_did():
     lists = {"some": ["timm:a"], "same": ["timm:a"], "more": ["timm:a", "timm:b"]}
     titles = [title for title, *_ in zoo_page.family_tables(lists, records)]
     assert titles == ["fxprune by family: some", "fxprune by family: more"]
+
+
+def test_a_list_that_was_hardly_run_has_no_headline():
+    records = [r | {"large": True} for r in RECORDS if "family" in r]
+    assert list(zoo_page.headlines("small", records)) == []
+    assert len(list(zoo_page.headlines("small", RECORDS[2:3]))) == 2
