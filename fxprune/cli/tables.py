@@ -1,0 +1,84 @@
+"""Tables that fit the terminal: names are folded where they must, never cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Column = tuple[str, Literal["left", "right", "full"]]
+
+
+def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
+    """A table. Numbers stand right and are kept whole; "full" text takes the room that is left."""
+    made = Table(box=box.SIMPLE_HEAD, show_header=any(name for name, _ in columns))
+    made.pad_edge = False
+    for name, kind in columns:
+        made.add_column(
+            Text(name),
+            justify="right" if kind == "right" else "left",
+            no_wrap=kind == "right",
+            overflow="fold",
+            ratio=None,
+        )
+    for row in rows:
+        made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
+    return made
+
+
+def share(before: float, after: float) -> str:
+    return f"{after / before:.1%}" if before else ""
+
+
+def change(rows: Iterable[tuple[str, int, int]]) -> Table:
+    """What was and what is, side by side."""
+    return table(
+        [("", "left"), ("before", "right"), ("after", "right"), ("left", "right")],
+        [[name, f"{old:,}", f"{new:,}", share(old, new)] for name, old, new in rows],
+    )
+
+
+def report(found: Any) -> list[RenderableType]:
+    """A pruning's report as people read it in a terminal."""
+    recipe = f" (recipe {found.recipe})" if found.recipe else ""
+    rate = f" at {found.rate:g}" if found.rate is not None else ""
+    guessed = f", guessed from {found.guessed}" if found.guessed else ""
+    head = f"{found.model} pruned by {found.criterion}{recipe}{rate} ({found.scope})"
+    shown: list[RenderableType] = [
+        Text(head, style="bold"),
+        Text(f"{found.frontend} trace on {found.inputs}{guessed}", style="dim"),
+        change(
+            [("channels", *found.channels), ("parameters", *found.params), ("MACs", *found.macs)]
+        ),
+        verified(found.verification),
+    ]
+    shown += [Text.assemble(("warning: ", "yellow bold"), text) for text in found.warnings]
+    return [*shown, *_causes(found), *_shortfalls(found)]
+
+
+def verified(found: Any) -> Text:
+    if found is None:
+        return Text.assemble(("not verified", "yellow"))
+    return Text.assemble(("verified: ", "green bold"), str(found))
+
+
+def _causes(found: Any) -> list[RenderableType]:
+    if not found.causes:
+        return []
+    head = Text("\nless than half of the channels could go, mostly because of")
+    return [head, *(Text(f"  {cause}") for cause in found.causes)]
+
+
+def _shortfalls(found: Any, most: int = 12) -> list[RenderableType]:
+    short = found.shortfalls()
+    if not short:
+        return []
+    rows = [[row.name, f"{row.kept:,} of {row.size:,}", row.reason] for row in short[:most]]
+    head = Text(f"\n{len(short)} of {len(found.groups)} groups gave less than asked")
+    made = table([("group", "left"), ("kept", "right"), ("because", "full")], rows)
+    rest = [Text(f"and {len(short) - most} more: --json lists all")] if short[most:] else []
+    return [head, made, *rest]
