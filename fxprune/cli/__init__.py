@@ -3,7 +3,12 @@ completion are quick."""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 
 def main() -> None:
@@ -19,7 +24,21 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    if os.environ.get("_FXPRUNE_COMPLETE") == "complete_bash":
+        _complete_in_bash(app)
     app(prog_name="fxprune")
+
+
+def _complete_in_bash(app: Callable[..., Any]) -> None:
+    from .complete import prepare_bash
+
+    said, prefix = io.StringIO(), prepare_bash()
+    try:
+        with contextlib.redirect_stdout(said):
+            app(prog_name="fxprune")
+    finally:
+        for line in said.getvalue().splitlines():
+            print(line.removeprefix(prefix))
 
 
 __all__ = ["main"]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -102,3 +103,32 @@ def complete_criterion(incomplete: str) -> list[str]:
 
 def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in recipes() if name.startswith(incomplete)]
+
+
+# -- bash ------------------------------------------------------------------------------------------
+
+
+def joined(words: Sequence[str], at: int) -> tuple[list[str], int]:
+    """Bash takes ``torchvision:resnet18`` for three words: they are one again, and so is the
+    number of the word that is completed."""
+    made: list[str] = []
+    number = at
+    glued = False
+    for i, word in enumerate(words):
+        if made and (word.startswith(":") or glued):
+            made[-1] += word
+            number -= i <= at
+        else:
+            made.append(word)
+        glued = word.endswith(":")
+    return made, number
+
+
+def prepare_bash() -> str:
+    """Join the words that bash asks about; what stands before the last colon of the one that is
+    completed, which must not stand in the answers."""
+    words, at = os.environ.get("COMP_WORDS", "").split("\n"), os.environ.get("COMP_CWORD", "0")
+    made, number = joined(words, int(at) if at.isdecimal() else 0)
+    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = "\n".join(made), str(number)
+    current = made[number] if number < len(made) else ""
+    return current[: current.rfind(":") + 1]

@@ -89,8 +89,8 @@ def _list(nothing: Nothing, output: Output) -> Answer:
     from .. import recipes
 
     found = [_of(recipes.find(name), name) for name in recipes.names()]
-    rows = [[Text(each["name"], style="bold"), each["about"], each["source"]] for each in found]
-    columns: list[tables.Column] = [("name", "left"), ("what it does", "full"), ("from", "full")]
+    rows = [[Text(each["name"], style="bold"), each["about"]] for each in found]
+    columns: list[tables.Column] = [("name", "left"), ("what it does", "full")]
     return Answer({"recipes": found}, [tables.table(columns, rows)])
 
 

@@ -68,11 +68,13 @@ class Output:
 
     def error(self, error: FxpruneError) -> None:
         """``error:``, details and ``hint:``, as all errors of fxprune have them."""
-        parts: list[RenderableType] = [Text.assemble(("error: ", "red bold"), error.fault)]
+        from .spoken import spoken
+
+        parts: list[RenderableType] = [Text.assemble(("error: ", "red bold"), spoken(error.fault))]
         if error.details:
-            parts.append(Padding(_rows(error.details), (0, 0, 0, 2)))
+            parts.append(Padding(_rows(error.details), (0, 0, 0, 2), expand=False))
         if error.hint:
-            parts += [Text(), Text.assemble(("hint: ", "cyan bold"), error.hint)]
+            parts += [Text(), Text.assemble(("hint: ", "cyan bold"), spoken(error.hint))]
         self.err.print(Group(*parts))
         if self.debug:
             self.trace()
@@ -94,7 +96,7 @@ class Output:
                 self.warn(text)
 
         with warnings.catch_warnings():
-            warnings.showwarning = show  # type: ignore[assignment]
+            warnings.showwarning = show
             yield
 
 

@@ -190,4 +190,4 @@ def _head(path: Path) -> str:
     """The heading of a dump's text file."""
     with path.open(encoding="utf-8", errors="replace") as file:
         first = file.readline().strip() if path.suffix == ".txt" else ""
-    return first.removeprefix("# ")[:100]
+    return first.removeprefix("# ")

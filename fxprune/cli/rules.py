@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,7 +60,7 @@ def _list(which: Which, output: Output) -> Answer:
         raise NamingError(f"no rule is of kind `{which.kind}`", hint=hint)
     found = [_described(rule) for rule in every if _is_meant(rule, which)]
     rows = [
-        [Text(each["name"], style="bold"), each["flow"], _ops(each["ops"]), each["where"]]
+        [Text(each["name"], style="bold"), each["flow"], _ops(each["ops"]), _short(each["where"])]
         for each in found
     ]
     columns: list[tables.Column] = [
@@ -100,6 +100,10 @@ def _described(rule: Rule) -> dict[str, Any]:
     }
 
 
+def _short(where: str) -> str:
+    return where.removeprefix("rules/ops/")
+
+
 def _ops(names: list[str], most: int = 4) -> str:
     short = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     rest = f" and {len(short) - most} more" if len(short) > most else ""
@@ -131,7 +135,7 @@ def _check(one: One, output: Output) -> Answer:
     rows = [[rule.name, rule.dims or rule.kind, rule.where] for rule in found]
     columns: list[tables.Column] = [("rule", "left"), ("channels", "full"), ("where", "full")]
     data = {"file": str(one.file), "rules": [_described(rule) for rule in found]}
-    return Answer(data, [tables.table(columns, rows), Text(f"{len(found)} rules read")])
+    return Answer(data, [tables.table(columns, rows), Text(f"{_number(found, 'rule')} read")])
 
 
 @dataclass
@@ -173,8 +177,12 @@ def _probe(probed: Probed, output: Output) -> Answer:
             for f in findings
         ],
     }
-    head = f"{len(chosen)} rules probed, {len(findings)} findings"
+    head = f"{_number(chosen, 'rule')} probed, {_number(findings, 'finding')}"
     return Answer(data, [*(Text(str(f)) for f in findings), Text(head)], FAILED if findings else 0)
+
+
+def _number(found: Sized, word: str) -> str:
+    return f"{len(found)} {word}{'' if len(found) == 1 else 's'}"
 
 
 def _chosen(what: str, every: list[Rule]) -> list[Rule]:

@@ -10,6 +10,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .spoken import spoken
+
 Column = tuple[str, Literal["left", "right", "full"]]
 
 
@@ -23,7 +25,6 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
             justify="right" if kind == "right" else "left",
             no_wrap=kind == "right",
             overflow="fold",
-            ratio=None,
         )
     for row in rows:
         made.add_row(*(cell if isinstance(cell, Text) else Text(str(cell)) for cell in row))
@@ -70,7 +71,7 @@ def _causes(found: Any) -> list[RenderableType]:
     if not found.causes:
         return []
     head = Text("\nless than half of the channels could go, mostly because of")
-    return [head, *(Text(f"  {cause}") for cause in found.causes)]
+    return [head, *(Text(f"  {spoken(str(cause))}") for cause in found.causes)]
 
 
 def _shortfalls(found: Any, most: int = 12) -> list[RenderableType]:

@@ -44,7 +44,7 @@ def register(app: typer.Typer, panel: str) -> None:
         panel=panel,
         examples=[
             "fxprune verify torchvision:resnet18 small/",
-            "fxprune verify torchvision:resnet18 --plan plan.json",
+            "fxprune verify net.py:Net --plan plan.json",
         ],
     )(verify)
 
