@@ -263,8 +263,11 @@ def _is_above(missing: str, name: str) -> bool:
 
 def _module_hint(name: str) -> str:
     files = [p.stem for p in Path.cwd().glob("*.py")]
-    known = (*files, *zoos.ZOOS, *{n.partition(".")[0] for n in sys.modules})
-    return nearest(name, known) or f"modules are looked for in {Path.cwd()} and where Python does"
+    packages = [p.parent.name for p in Path.cwd().glob("*/__init__.py")]
+    return (
+        nearest(name, (*files, *packages, *zoos.ZOOS))
+        or f"modules are looked for in {Path.cwd()} and where Python does"
+    )
 
 
 def _look_in(folder: Path) -> None:
