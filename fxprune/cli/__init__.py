@@ -20,7 +20,7 @@ def main() -> None:
             raise
         print(
             f"error: the fxprune command needs {error.name}, which is not installed\n\n"
-            "hint: pip install 'fxprune[cli]'",
+            "hint: pip install 'typer>=0.19' 'rich>=13.8'",
             file=sys.stderr,
         )
         sys.exit(2)

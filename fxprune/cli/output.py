@@ -25,11 +25,17 @@ STEPS = ("trace", "flow", "groups", "score", "select", "rewrite", "verify")
 _WIDE = 2000  # a pipe has no width: lines are left whole, for grep and the like
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command, which knows the exit code."""
+        raise
+
+
 def console(stream: TextIO) -> Console:
     """A console that takes text as it is: a layer may be called ``[bold]``."""
     piped = not stream.isatty() and not os.environ.get("COLUMNS")
     width = _WIDE if piped else None
-    return Console(
+    return _Console(
         file=stream, width=width, markup=False, highlight=False, emoji=False, soft_wrap=False
     )
 

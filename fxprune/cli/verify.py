@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import NamingError, OptionError
+from ..errors import NamingError, OptionError, VerificationError
 from . import tables
 from .command import Answer, command, of_file, option
 from .options import Named
@@ -75,7 +75,14 @@ def _verified(model: Any, plan: Plan, against: Against, example: Any) -> Any:
 
     if against.folder is None:
         return fxprune.apply(model, plan, example).fxprune.report.verification
-    return fxprune.verify(model, fxprune.load(against.folder, model), plan, example)
+    try:
+        return fxprune.verify(model, fxprune.load(against.folder, model), plan, example)
+    except VerificationError as error:
+        error.hint = (
+            "the model must have the weights it was pruned with, the same --weights, or --seed; "
+            "a network that was trained after pruning differs too"
+        )
+        raise
 
 
 def _described(plan: Plan) -> dict[str, Any]:
