@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import inspect
 import json
 import os
@@ -234,6 +235,23 @@ def test_the_examples_of_all_helps_run(home):
 def test_version_and_no_arguments():
     assert fx("--version").stdout == f"fxprune {fxprune.__version__}\n"
     assert "Usage: fxprune" in fx("", code=2).output
+
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
+
+
+@pytest.mark.skipif(not PAGE.exists(), reason="the page of the command line is not written yet")
+def test_the_page_shows_what_is_printed(home):
+    """Each ``$`` line of a console block is run; ``...`` stands for anything."""
+    shown = re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    parts = [part for block in shown for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
+    assert parts
+    for part in parts:
+        line, _, want = part.partition("\n")
+        got = fx(line.removeprefix("fxprune ")).stdout
+        plain = ["\n".join(x.rstrip() for x in text.strip().splitlines()) for text in (want, got)]
+        same = doctest.OutputChecker().check_output(*plain, doctest.ELLIPSIS)
+        assert same, f"{line} shows\n{plain[0]}\nbut prints\n{plain[1]}"
 
 
 # -- json ------------------------------------------------------------------------------------------
