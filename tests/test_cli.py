@@ -345,6 +345,14 @@ def test_a_criterion_of_ones_own(home):
     assert plan.kept["conv1.weight"][0] == list(range(8, 16)) and plan.criterion == "last"
 
 
+def test_what_is_not_given_leaves_a_recipe_alone(home):
+    (home / "mine.yaml").write_text("rate: 0.25\nonly: [conv1]\nmin_channels: 3\n")
+    report = data(f"prune net.py:Net {X} --recipe mine.yaml")["report"]
+    assert [row["kept"] for row in report["groups"]] == [12, 24, 10]
+    report = data(f"prune net.py:Net {X} --recipe mine.yaml --rate 0.5 --only conv2")["report"]
+    assert [row["kept"] for row in report["groups"]] == [16, 12, 10]
+
+
 def test_no_verify_says_so_and_contradictions_are_refused(home):
     assert "not verified" in fx(f"prune net.py:Net {X} --no-verify").stdout
     fx(f"prune net.py:Net {X} --no-verify --verify shapes", code=2)
@@ -411,6 +419,19 @@ def test_bench_measures_both_and_says_how_much_faster(home):
     assert [s["batch"] for s in found["speedups"]] == [1, 2]
     done = fx(f"bench net.py:Net net.py:Net {X} -b 1 --rounds 8 --threads 1")
     assert "times as fast" in done.stdout and "1 threads" in done.stdout
+
+
+def test_bench_hands_over_the_original_and_the_pruned_one(home, monkeypatch):
+    seen = []
+    real = fxprune.latency
+
+    def noted(networks, example, **how):
+        seen.append({name: sum(p.numel() for p in n.parameters()) for name, n in networks.items()})
+        return real(networks, example, **how)
+
+    monkeypatch.setattr("fxprune.latencies.latency", noted)
+    fx(f"bench net.py:Net {X} -b 1 --rounds 8 --on cpu")
+    assert seen == [{"before": 4178, "after": 1230}]
 
 
 def test_verify_refuses_other_weights(home):
@@ -587,7 +608,7 @@ def test_a_closed_pipe_is_quiet(words):
     running = process(*words.split())
     assert running.stdout is not None and running.stderr is not None
     running.stdout.close()
-    assert (running.wait(), running.stderr.read()) == (command.CLOSED_PIPE, "")
+    assert (running.wait(), running.stderr.read()) == (141, "")
 
 
 def test_ctrl_c_is_quiet(home):
@@ -597,7 +618,7 @@ def test_ctrl_c_is_quiet(home):
     while "here" not in running.stderr.readline():
         pass
     running.send_signal(signal.SIGINT)
-    assert running.wait() == command.INTERRUPTED and running.stderr.read() == "interrupted\n"
+    assert running.wait() == 130 and running.stderr.read() == "interrupted\n"
 
 
 def test_colours_are_off_where_asked_and_in_pipes(home):
