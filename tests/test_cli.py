@@ -177,6 +177,10 @@ def test_choices_are_those_that_prune_takes():
             compared += 1
             assert _choices(hint) == _choices(theirs[name]), name
     assert compared == 6
+    text = " ".join(fx("prune --help", width=400).output.split())
+    for name, hint in ours.items():
+        option, words = f"--{name.replace('_', '-')} ", _choices(hint)
+        assert all(word in text.partition(option)[2].partition("[default")[0] for word in words)
     assert _choices(ours["verify"]) == {"numbers", "no"} | _choices(theirs["verify"])
 
 
@@ -505,6 +509,15 @@ def test_tables_fit_the_terminal(text, width):
     assert max(map(len, done.output.splitlines())) <= width
     if width == 160 and text.startswith("groups"):
         assert "layer2.0.conv2" in done.stdout and "reaches the network's output" in done.stdout
+
+
+def test_groups_of_one_reason_are_one_row():
+    done = fx("prune timm:test_vit --mixing none --heads keep --verify no", width=120)
+    table = done.stdout.partition("because")[2]
+    assert re.search(
+        r"blocks.0.attn.qkv and \d+ more +(\d+) of \1 +heads stay \(--heads keep\)", table
+    )
+    assert table.count("heads stay") == 1
 
 
 def test_names_are_folded_not_cut():

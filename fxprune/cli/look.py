@@ -40,13 +40,17 @@ class Which:
     state: Annotated[
         Literal["all", "free", "frozen"],
         option(
-            help="Only those that may shrink, or may not.", default="all", rich_help_panel=_WHICH
+            help="all, free or frozen: only those that may shrink, or may not.",
+            metavar="STATE",
+            default="all",
+            rich_help_panel=_WHICH,
         ),
     ] = "all"
     sort: Annotated[
         Literal["graph", "name", "channels", "layers"],
         option(
-            help="As in the graph, by name, or the largest first.",
+            help="graph, name, channels or layers: the order; the largest first.",
+            metavar="ORDER",
             default="graph",
             rich_help_panel=_WHICH,
         ),

@@ -68,11 +68,23 @@ class Named:
     ] = field(default_factory=list)
     device: Annotated[
         str,
-        option("--device", help="cpu, cuda, cuda:1, ...", default="cpu", rich_help_panel=_MODEL),
+        option(
+            "--device",
+            help="cpu, cuda, cuda:1, ...",
+            metavar="NAME",
+            default="cpu",
+            rich_help_panel=_MODEL,
+        ),
     ] = "cpu"
     seed: Annotated[
         int,
-        option("--seed", help="Of random weights and inputs.", default="0", rich_help_panel=_MODEL),
+        option(
+            "--seed",
+            help="Of random weights and inputs.",
+            metavar="N",
+            default="0",
+            rich_help_panel=_MODEL,
+        ),
     ] = 0
     rules: Annotated[
         list[Path] | None,
@@ -117,7 +129,9 @@ class Reading:
     mixing: Annotated[
         Literal["norms", "all", "none"] | None,
         option(
-            help="Ops over channels that may run on over fewer, with other statistics.",
+            help="norms, all or none: ops over channels that may run on over fewer, with other "
+            "statistics.",
+            metavar="OPS",
             default="norms",
             rich_help_panel=_HOW,
         ),
@@ -134,7 +148,9 @@ class Reading:
     heads: Annotated[
         Literal["dims", "whole", "keep"] | None,
         option(
-            help="Of attention heads: dims of each, whole ones, or nothing.",
+            help="dims, whole or keep: what may go of attention heads, dims of each, whole ones, "
+            "or neither.",
+            metavar="WHAT",
             default="dims",
             rich_help_panel=_HOW,
         ),
@@ -142,7 +158,8 @@ class Reading:
     frontend: Annotated[
         Literal["symbolic", "export", "record"] | None,
         option(
-            help="The way to a graph.",
+            help="symbolic, export or record: the way to a graph.",
+            metavar="WAY",
             default="the first that works",
             rich_help_panel=_HOW,
         ),
@@ -194,6 +211,7 @@ class Pruning(Reading):
             "--rate",
             "-r",
             help="Share of channels removed, from 0 to below 1.",
+            metavar="SHARE",
             default="0.5",
             rich_help_panel=_WHAT,
         ),
@@ -201,7 +219,8 @@ class Pruning(Reading):
     scope: Annotated[
         Literal["local", "global"] | None,
         option(
-            help="The share of each group, or of all channels together.",
+            help="local or global: that share of each group, or of all channels together.",
+            metavar="SCOPE",
             default="local",
             rich_help_panel=_WHAT,
         ),
@@ -237,12 +256,18 @@ class Pruning(Reading):
     ] = field(default_factory=list)
     select_by: Annotated[
         Literal["rate", "cumulative", "threshold"] | None,
-        option(help="How scores become a choice.", default="rate", rich_help_panel=_WHAT),
+        option(
+            help="rate, cumulative or threshold: how scores become a choice.",
+            metavar="RULE",
+            default="rate",
+            rich_help_panel=_WHAT,
+        ),
     ] = None
     reduce: Annotated[
         Literal["mean", "sum", "max", "first"] | None,
         option(
-            help="How scores of coupled layers are joined.",
+            help="mean, sum, max or first: how scores of coupled layers are joined.",
+            metavar="HOW",
             default="mean",
             rich_help_panel=_WHAT,
         ),
@@ -253,7 +278,12 @@ class Pruning(Reading):
     ] = None
     max_rate: Annotated[
         float | None,
-        option(help="No group loses a larger share.", default="1.0", rich_help_panel=_HOW),
+        option(
+            help="No group loses a larger share.",
+            metavar="SHARE",
+            default="1.0",
+            rich_help_panel=_HOW,
+        ),
     ] = None
     round_to: Annotated[
         int | None,
@@ -277,7 +307,9 @@ class Pruning(Reading):
     verify: Annotated[
         Literal["numbers", "shapes", "no"],
         option(
-            help="Compare shapes and numbers with the masked original, shapes only, or nothing.",
+            help="numbers, shapes or no: compare shapes and numbers with the masked original, "
+            "shapes only, or nothing.",
+            metavar="WHAT",
             default="numbers",
             rich_help_panel=_CHECK,
         ),

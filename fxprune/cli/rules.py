@@ -42,7 +42,9 @@ class Which:
     ] = ""
     kind: Annotated[
         str | None,
-        option(help="Only of a kind: pointwise, dims, reduce, move, ...", default="all"),
+        option(
+            help="Only of a kind: pointwise, dims, reduce, move, ...", metavar="KIND", default="all"
+        ),
     ] = None
 
 

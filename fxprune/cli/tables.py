@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -78,8 +79,27 @@ def _shortfalls(found: Any, most: int = 12) -> list[RenderableType]:
     short = found.shortfalls()
     if not short:
         return []
-    rows = [[row.name, f"{row.kept:,} of {row.size:,}", row.reason] for row in short[:most]]
     head = Text(f"\n{len(short)} of {len(found.groups)} groups gave less than asked")
-    made = table([("group", "left"), ("kept", "right"), ("because", "full")], rows)
-    rest = [Text(f"and {len(short) - most} more: --json lists all")] if short[most:] else []
+    rows = _by_reason(short)
+    made = table([("group", "left"), ("kept", "right"), ("because", "full")], rows[:most])
+    rest = [Text(f"and {len(rows) - most} more reasons: --json lists all")] if rows[most:] else []
     return [head, made, *rest]
+
+
+_NODE = re.compile(r"( at)? \(?%\w+\)?")
+
+
+def _by_reason(short: Sequence[Any]) -> list[list[str]]:
+    """Groups with one reason, at whatever nodes, as one row."""
+    reasons: dict[str, list[Any]] = {}
+    for row in short:
+        reasons.setdefault(_NODE.sub("", row.reason), []).append(row)
+    return [_joined(reason, rows) for reason, rows in reasons.items()]
+
+
+def _joined(reason: str, rows: list[Any]) -> list[str]:
+    names = list(dict.fromkeys(row.name for row in rows))
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    kept, size = sum(row.kept for row in rows), sum(row.size for row in rows)
+    shown = rows[0].reason if len(rows) == 1 else reason
+    return [f"{names[0]}{more}", f"{kept:,} of {size:,}", spoken(shown)]
