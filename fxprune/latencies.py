@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check import check_count
+from .check import check_count, usable_device
 from .errors import InputError, ModelError, OptionError
 from .inputs import Inputs, candidates, given, of_spec, random_like
 
@@ -228,9 +228,10 @@ def _device_of(model: nn.Module) -> torch.device:
 
 def _on(device: str | torch.device | None, model: nn.Module) -> nn.Module:
     """The model itself, or a copy on another device."""
-    if device is None or _same_place(torch.device(device), _device_of(model)):
+    if device is None:
         return model
-    return copy.deepcopy(model).to(device)
+    wanted = usable_device(device)
+    return model if _same_place(wanted, _device_of(model)) else copy.deepcopy(model).to(wanted)
 
 
 def _same_place(wanted: torch.device, found: torch.device) -> bool:

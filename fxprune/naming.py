@@ -47,12 +47,12 @@ def model(
     model. Raises `NamingError` for what cannot be found or read, `OptionError` for a device or
     arguments that do not fit.
     """
-    import torch
+    from .check import usable_device
 
-    where = _device(device)
+    where = usable_device(device)
     zoo, _, name = text.partition(":")
     downloads = weights if weights and zoo in zoos.ZOOS and not _is_file_name(weights) else None
-    torch.manual_seed(seed)
+    _seed(seed)
     made = _made(text, zoo, name, dict(arguments or {}), downloads)
     if weights and not downloads:
         from .weights import load_into
@@ -60,6 +60,15 @@ def model(
         load_into(made, weights)
     with _told(f"{text} cannot be moved to {device}"):
         return made.to(where).eval()
+
+
+def _seed(seed: int) -> None:
+    import torch
+
+    try:
+        torch.manual_seed(seed)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise OptionError(f"seed={seed} cannot be used: {first_line(error)}") from None
 
 
 def _made(
@@ -74,20 +83,6 @@ def _made(
 
 def _is_file_name(text: str) -> bool:
     return Path(text).suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-
-
-def _device(text: str) -> Any:
-    import torch
-
-    try:
-        found = torch.device(text)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise OptionError(
-            f"device `{text}` cannot be used: {first_line(error)}",
-            hint='"cpu" always works; "cuda" needs a GPU and a PyTorch built for it',
-        ) from None
-    return found
 
 
 def _saved(folder: str, arguments: dict[str, Any]) -> nn.Module:
@@ -332,7 +327,7 @@ def literal(text: str) -> Any:
     """A Python literal (a number, True, a list, ...), or else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
 
 
@@ -423,9 +418,13 @@ def _tensor(text: str, generator: Any) -> Tensor:
         known = [n for n in vars(torch) if isinstance(getattr(torch, n), torch.dtype)]
         raise InputError(f"`{kind}` is no type of tensors", hint=nearest(kind, known))
     shape = [int(part) for part in parts]
-    if dtype.is_floating_point:
-        return torch.randn(shape, generator=generator).to(dtype)
-    return torch.zeros(shape, dtype=dtype)
+    try:
+        if dtype.is_floating_point:
+            return torch.randn(shape, generator=generator).to(dtype)
+        return torch.zeros(shape, dtype=dtype)
+    except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+        fault = f"no tensor of `{text}` can be made: {first_line(error)}"
+        raise InputError(fault, hint="smaller sizes do as well: only shapes matter") from None
 
 
 __all__ = ["argument", "culprit", "first_line", "inputs", "literal", "model", "thing"]

@@ -195,6 +195,8 @@ def test_progress_is_told():
     [
         (dict(batch_sizes=(0,)), OptionError),
         (dict(threads=0), OptionError),
+        (dict(device="tpu"), OptionError),
+        (dict(device="meta:x"), OptionError),
         (dict(rounds=-1), OptionError),
         (dict(budget_s=0), OptionError),
         (dict(confidence=1.0), OptionError),

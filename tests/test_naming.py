@@ -96,6 +96,11 @@ def test_random_weights_depend_on_the_seed_alone():
     assert all(a for a, _ in same) and not all(c for _, c in same)
 
 
+def test_a_seed_that_torch_does_not_take():
+    error = fault(OptionError, naming.model, "torchvision:squeezenet1_1", seed=2**70)
+    assert "seed=" in error.fault
+
+
 def test_a_detector_is_built_without_downloading_its_backbone(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("downloads")
@@ -339,6 +344,8 @@ def test_named_inputs_and_none():
         (["1x-3"], "is no shape"),
         (["big"], "is no shape"),
         (["1x3:int65"], "`int65` is no type"),
+        (["99999999x99999999x99999999"], "no tensor of `99999999x"),
+        (["99999999999999999999"], "no tensor of `9999"),
         (["a=1x3", "1x3"], "some inputs are named"),
     ],
 )

@@ -66,7 +66,9 @@ class Output:
     def data(self, found: dict[str, Any], shown: Sequence[RenderableType]) -> None:
         """The answer: one JSON object, or what people read."""
         if self.json:
-            text = json.dumps(found, indent=2, default=str, ensure_ascii=False)
+            text = json.dumps(
+                found, indent=2, default=str, ensure_ascii=not self.out.encoding.startswith("utf")
+            )
             print(text, file=self.out.file)
         else:
             for each in shown:
