@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import inspect
 import json
@@ -11,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import typing
@@ -377,8 +379,9 @@ def test_view_opens_the_page_of_the_steps(home, monkeypatch):
     monkeypatch.setattr("webbrowser.open", opened.append)
     fx(f"prune net.py:Net {X} --view --dump steps")
     assert len(opened) == 1 and opened[0].endswith(".html")
+    assert "view: " in fx(f"prune net.py:Net {X} --view").stderr and len(opened) == 2
     fx("view steps --no-open --out page.html")
-    assert len(opened) == 1 and (home / "page.html").is_file()
+    assert len(opened) == 2 and (home / "page.html").is_file()
 
 
 def test_rules_of_ones_own_are_in_force(home):
@@ -614,6 +617,31 @@ def test_data_goes_to_stdout_and_the_rest_to_stderr(home):
     out, err = running.communicate()
     assert running.returncode == 0 and json.loads(out)["parameters"] == 4178
     assert "build net.py:Net" in err
+
+
+def test_progress_is_shown_in_a_terminal_on_stderr_alone(home):
+    pty = pytest.importorskip("pty")
+    ours, theirs = pty.openpty()
+    words = [sys.executable, "-m", "fxprune", *f"prune net.py:Net {X} --json".split()]
+    env = {**os.environ, "PYTHONPATH": str(Path(fxprune.__file__).parents[1]), "TERM": "xterm"}
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=theirs, env=env)
+    os.close(theirs)
+    seen: list[bytes] = []
+    reader = threading.Thread(target=_read_all, args=(ours, seen), daemon=True)
+    reader.start()
+    assert running.stdout is not None
+    assert json.loads(running.stdout.read())["command"] == "prune"
+    assert running.wait() == 0
+    reader.join(timeout=10)
+    shown = b"".join(seen).decode()
+    assert "load PyTorch" in shown and "forward runs" in shown
+
+
+def _read_all(terminal: int, seen: list[bytes]) -> None:
+    """Until the other end is closed, which a terminal says by an error."""
+    with contextlib.suppress(OSError):
+        while part := os.read(terminal, 1 << 16):
+            seen.append(part)
 
 
 @pytest.mark.parametrize("words", ["rules list --json", "criteria"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -102,13 +103,13 @@ def prune(named: Named, chosen: Pruning, files: Files, output: Output) -> Answer
     files.check()
     options = chosen.given()
     if files.view:
-        options.setdefault("dump", _dump_folder(files))
+        options.setdefault("dump", Path(tempfile.mkdtemp(prefix="fxprune-")))
     start = time.perf_counter()
     pruned = _pruned(named, options, output)
     seconds = time.perf_counter() - start
-    output.steps.at("save")
-    written = _written(pruned, files)
+    written = _written(pruned, files, output)
     if files.view:
+        output.steps.at("write the page")
         written["view"] = page_of(options["dump"], None, opened=True)
     report = pruned.fxprune.report
     data = {"report": report.to_dict(), "files": _plain(written), "seconds": round(seconds, 3)}
@@ -123,24 +124,20 @@ def _pruned(named: Named, options: dict[str, Any], output: Output) -> Any:
     return fxprune.prune(model, named.example(), watch=output.steps.watch, **options)
 
 
-def _dump_folder(files: Files) -> Path:
-    import tempfile
-
-    return files.out / "dump" if files.out else Path(tempfile.mkdtemp(prefix="fxprune-"))
-
-
-def _written(pruned: nn.Module, files: Files) -> dict[str, Path]:
+def _written(pruned: nn.Module, files: Files, output: Output) -> dict[str, Path]:
     """Write what was asked for; what was written, by option."""
     import fxprune
 
     info: Any = pruned.fxprune
     written: dict[str, Path] = {}
     if files.out is not None:
+        output.steps.at("save")
         fxprune.save(pruned, files.out)
         written["out"] = files.out
     if files.plan is not None:
         written["plan"] = save_text(files.plan, info.plan.to_json(indent=2))
     if files.onnx is not None:
+        output.steps.at("export to ONNX")
         written["onnx"] = save_onnx(pruned, files.onnx)
     return written
 
