@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -17,7 +17,8 @@ from .options import Named, Reading
 from .output import Output
 
 if TYPE_CHECKING:
-    from ..analysis import Analysis
+    from ..analysis import Analysis, Frozen
+    from ..groups import Group
 
 _WHICH = "Which groups"
 
@@ -125,7 +126,8 @@ def groups(named: Named, which: Which, reading: Reading, output: Output) -> Answ
     A group is named after the layer that makes its channels. Those that may not shrink say why.
     """
     analysis = _analysis(named, reading, output)
-    every = [_described(group) for group in analysis.groups]
+    stuck = iter(analysis.frozen)  # in the order of the groups that are
+    every = [_described(g, None if g.prunable else next(stuck)) for g in analysis.groups]
     chosen = _ordered([g for g in every if _is_meant(g, which)], which.sort)
     shown = chosen[: which.limit] if which.limit else chosen
     free = [g for g in every if g["may_shrink"]]
@@ -142,12 +144,10 @@ def groups(named: Named, which: Which, reading: Reading, output: Output) -> Answ
     return Answer(data, _shown(shown, chosen, totals, which))
 
 
-def _described(group: Any) -> dict[str, Any]:
-    from ..analysis import _frozen
+def _described(group: Group, frozen: Frozen | None) -> dict[str, Any]:
     from ..explain import members_text
 
     made, read = members_text(group)
-    frozen = _frozen(group) if group.frozen is not None else None
     layers = {member.param.rpartition(".")[0] or member.param for member in group.members}
     return {
         "name": group.name,
@@ -242,16 +242,7 @@ def explain(named: Named, layers: Layers, reading: Reading, output: Output) -> A
     the line of the model's source that makes it.
     """
     found = _analysis(named, reading, output).explain(layers.a, layers.b)
-    steps = [
-        {
-            "left": step.left,
-            "right": step.right,
-            "how": step.how,
-            "node": step.node,
-            "source": step.source,
-        }
-        for step in found.steps
-    ]
+    steps = [asdict(step) for step in found.steps]
     data = {"title": found.title, "steps": steps, "lines": list(found.lines)}
     return Answer(data, [Text(str(found))])
 
