@@ -93,7 +93,8 @@ class Latency:
     torch: str
 
     def __str__(self) -> str:
-        head = f"{self.threads} threads, torch {self.torch}, {self.confidence:.0%} intervals"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        head = f"{threads}, torch {self.torch}, {self.confidence:.0%} intervals"
         return "\n".join([head, *map(str, self.measured), *map(str, self.speedups)])
 
     def to_dict(self) -> dict[str, Any]:
@@ -293,16 +294,17 @@ def _measured(
     what = f"batch {batch} on {runners[0].device}"
     plan.progress(f"warm up, {what}", 0.0)
     for runner in runners:
-        _warm_up(runner, batch, plan.budget_s / 2 / len(runners))
+        _warm_up(runner, batch, plan.budget_s, len(runners))
     samples = _rounds(runners, plan, f"measure {what}")
     found = [_summed(r, batch, s, plan.confidence) for r, s in zip(runners, samples, strict=True)]
     ratios = [_speedup(runners, i, batch, samples, plan.confidence) for i in range(1, len(runners))]
     return found, ratios
 
 
-def _warm_up(runner: _Runner, batch: int, budget: float) -> None:
-    """Call until the last times are like those before them; then choose how many calls a sample
-    takes. `InputError` where the network does not run."""
+def _warm_up(runner: _Runner, batch: int, budget: float, count: int) -> None:
+    """Call until the last times are like those before them, for a share of the budget, or all of it
+    where ten calls take so long; then choose how many calls a sample takes. `InputError` where the
+    network does not run."""
     try:
         runner.seconds()
     except torch.OutOfMemoryError:
@@ -313,8 +315,11 @@ def _warm_up(runner: _Runner, batch: int, budget: float) -> None:
             f"{runner.name} does not run on a batch of {batch}: {first}",
             hint="other sizes may work, or other example inputs",
         ) from error
-    end, times = time.perf_counter() + budget, [runner.seconds()]
-    while not _is_stable(times) and (time.perf_counter() < end or len(times) < 3):
+    start, times = time.perf_counter(), [runner.seconds()]
+    while not _is_stable(times) and len(times) < 1000:
+        spent = time.perf_counter() - start
+        if spent > (budget if len(times) < 10 else budget / 2 / count):
+            break
         times.append(runner.seconds())
     runner.settled = _is_stable(times)
     runner.calls = max(1, min(1000, math.ceil(_BLOCK_S / max(statistics.median(times[-5:]), 1e-7))))

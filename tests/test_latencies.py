@@ -111,6 +111,14 @@ def test_short_calls_are_measured_in_blocks():
     assert one.calls > 20
 
 
+def test_slow_networks_get_ten_calls_to_settle():
+    log: list = []
+    fxprune.latency(Sleeps(0.03, log), X, rounds=8, budget_s=0.5)
+    assert len(log) == 1 + 10 + 8  # one that shows that it runs, ten to warm up, and the rounds
+    (one,) = fxprune.latency(Sleeps(0.02), X, rounds=8, budget_s=0.05).measured
+    assert not one.settled
+
+
 def test_more_rounds_are_made_while_there_is_time():
     (short,) = fxprune.latency(Sleeps(0.003), X, budget_s=0.01).measured
     (long,) = fxprune.latency(Sleeps(0.003), X, budget_s=0.3).measured

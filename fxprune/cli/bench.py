@@ -183,7 +183,7 @@ def _row(each: Any) -> dict[str, Any]:
 
 def _shown(found: Any) -> list[RenderableType]:
     columns: list[tables.Column] = [
-        ("on", "left"), ("batch", "right"), ("", "left"), ("ms", "right"),
+        ("on", "left"), ("batch", "right"), ("network", "left"), ("ms", "right"),
         ("95 % interval", "right"), ("rounds", "right"), ("outliers", "right"),
     ]  # fmt: skip
     rows = []
@@ -202,7 +202,7 @@ def _shown(found: Any) -> list[RenderableType]:
         )
         for s in ratios
     ]
-    threads = Text(f"{found[0].threads} threads, torch {found[0].torch}", style="dim")
+    threads = Text(str(found[0]).splitlines()[0], style="dim")
     return [tables.table(columns, rows), *lines, threads]
 
 

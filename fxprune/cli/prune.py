@@ -52,7 +52,7 @@ class Files:
     onnx: Annotated[
         Path | None,
         option(
-            help="The pruned network as ONNX.",
+            help="The pruned network as ONNX, for inputs of the example's shape.",
             default="none",
             metavar="FILE",
             rich_help_panel=_FILES,
