@@ -230,9 +230,10 @@ def test_a_folder_is_loaded(folder, monkeypatch):
     assert "whole network" in fault(OptionError, naming.model, "small", arguments={"a": 1}).fault
 
 
-def test_a_device_that_is_not_there(folder):
-    error = fault(OptionError, naming.model, "own_net.py:Net", device="tpu")
-    assert "device `tpu` cannot be used" in error.fault
+@pytest.mark.parametrize("device", ["tpu", "cuda:77"])
+def test_a_device_that_is_not_there(device, folder):
+    error = fault(OptionError, naming.model, "own_net.py:Net", device=device)
+    assert f"device `{device}` cannot be used" in error.fault
 
 
 # -- weights ---------------------------------------------------------------------------------------
