@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .api import analyze, apply, count, plan, prune, verify
     from .criteria import criterion
     from .errors import FxpruneError
+    from .latencies import Latency, latency
     from .plans import Plan
     from .sparse import SparsityPenalty
     from .verifier import Verification
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Analysis": "analysis",
     "FxpruneError": "errors",
+    "Latency": "latencies",
     "Plan": "plans",
     "SparsityPenalty": "sparse",
     "Verification": "verifier",
@@ -29,6 +31,7 @@ _HOMES = {
     "apply": "api",
     "count": "api",
     "criterion": "criteria",
+    "latency": "latencies",
     "plan": "api",
     "prune": "api",
     "verify": "api",
@@ -36,6 +39,7 @@ _HOMES = {
 __all__ = [
     "Analysis",
     "FxpruneError",
+    "Latency",
     "Plan",
     "SparsityPenalty",
     "Verification",
@@ -45,6 +49,7 @@ __all__ = [
     "criteria",
     "criterion",
     "errors",
+    "latency",
     "models",
     "plan",
     "prune",

@@ -157,6 +157,20 @@ def check_count(name: str, value: Any) -> None:
         raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """A device that a tensor can be put on; `OptionError` for any other."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise OptionError(
+            f"device `{device}` cannot be used: {first}",
+            hint='"cpu" always works; "cuda" needs a GPU and a PyTorch built for it',
+        ) from None
+    return found
+
+
 def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
     """Raise `OptionError` unless `value` is one of `known`."""
     if not any(value is choice or value == choice for choice in known):

@@ -65,6 +65,10 @@ class NothingToPrune(FxpruneError):
     """No channel of the model may go."""
 
 
+class NamingError(FxpruneError):
+    """A text names no model, or what it names, or a file of weights, cannot be read."""
+
+
 class PlanError(FxpruneError):
     """A plan does not fit the model, or cannot be read."""
 

@@ -9,7 +9,7 @@ import sys
 import sysconfig
 import textwrap
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -66,12 +66,18 @@ def test_declared_dependencies_are_what_the_package_imports(wheel):
         (metadata,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         lines = archive.read(metadata).decode().splitlines()
         sources = [archive.read(n) for n in archive.namelist() if n.endswith(".py")]
-    needed = [x.split(": ")[1] for x in lines if x.startswith("Requires-Dist") and "extra" not in x]
-    declared = {re.match(r"[\w-]+", text)[0].lower() for text in needed}
+    needed = [x.split(": ")[1] for x in lines if x.startswith("Requires-Dist")]
+    declared = _names(text for text in needed if "extra" not in text)
+    optional = _names(text for text in needed if "extra" in text)
     imported = {name for source in sources for name in _imported(ast.parse(source))}
-    assert imported - set(sys.stdlib_module_names) - {"fxprune"} == {
-        {"pyyaml": "yaml"}.get(name, name) for name in declared
-    }
+    imported -= {*sys.stdlib_module_names, "fxprune"}
+    assert declared <= imported <= declared | optional
+
+
+def _names(needed: Iterable[str]) -> set[str]:
+    """What requirements are imported as."""
+    found = {re.match(r"[\w-]+", text)[0].lower() for text in needed}
+    return {{"pyyaml": "yaml"}.get(name, name) for name in found}
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:
@@ -107,3 +113,10 @@ def test_installed_wheel_prunes_with_its_own_rules(clean_python, tmp_path):
     first, second = found.strip().splitlines()
     assert first == "4 torch.Size([5, 4, 4, 4])"
     assert second == f"{len(recipes.names())} distribution_fit_resnet:A"
+
+
+def test_installed_wheel_has_the_command(clean_python, tmp_path):
+    command = clean_python.parent / "fxprune"
+    assert _run(command, "--version", cwd=tmp_path) == f"fxprune {fxprune.__version__}\n"
+    shown = _run(command, "recipes", "show", "fpgm", "--json", cwd=tmp_path)
+    assert '"criterion": "geometric_median"' in shown

@@ -1,0 +1,105 @@
+"""``fxprune verify``: does a pruned network still compute the masked original?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..errors import NamingError, OptionError, VerificationError
+from . import tables
+from .command import Answer, command, of_file, option
+from .options import Named
+from .output import Output
+
+if TYPE_CHECKING:
+    from ..plans import Plan
+
+
+@dataclass
+class Against:
+    """What is compared with the model."""
+
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            help="The folder that prune -o wrote.", metavar="FOLDER", show_default=False
+        ),
+    ] = None
+    plan: Annotated[
+        Path | None,
+        option(
+            help="A plan: apply it to the model, and verify the result.",
+            default="none",
+            metavar="FILE",
+        ),
+    ] = None
+
+
+def register(app: typer.Typer, panel: str) -> None:
+    command(
+        app,
+        panel=panel,
+        examples=[
+            "fxprune verify torchvision:resnet18 small/",
+            "fxprune verify net.py:Net --plan plan.json",
+        ],
+    )(verify)
+
+
+def verify(named: Named, against: Against, output: Output) -> Answer:
+    """Prove that a pruned network computes what the original does with the channels masked.
+
+    The model must be the one that was pruned, with the weights it had then: the same --weights, or
+    the same --seed. A network that was trained after pruning computes something else.
+    """
+    if (against.folder is None) == (against.plan is None):
+        raise OptionError("verify takes a folder or --plan", hint="one of the two")
+    home = against.plan or Path(str(against.folder), "plan.json")
+    plan_text = _text(home)
+    model = named.load(output)
+    import fxprune
+
+    with of_file():
+        plan = fxprune.Plan.from_json(plan_text)
+    output.steps.at("verify")
+    found = _verified(model, plan, against, named.example())
+    data = {"verification": asdict(found), "plan": _described(plan)}
+    return Answer(data, [tables.verified(found)])
+
+
+def _verified(model: Any, plan: Plan, against: Against, example: Any) -> Any:
+    import fxprune
+
+    if against.folder is None:
+        return fxprune.apply(model, plan, example).fxprune.report.verification
+    try:
+        return fxprune.verify(model, fxprune.load(against.folder, model), plan, example)
+    except VerificationError as error:
+        error.hint = (
+            "the model must have the weights it was pruned with, the same --weights, or --seed; "
+            "a network that was trained after pruning differs too"
+        )
+        raise
+
+
+def _described(plan: Plan) -> dict[str, Any]:
+    return {
+        "model": plan.model,
+        "criterion": plan.criterion,
+        "rate": plan.rate,
+        "removed": plan.removed,
+    }
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise NamingError(
+            f"the plan {path} cannot be read: {why}",
+            hint="fxprune prune MODEL -o FOLDER writes one, and --plan FILE does",
+        ) from None
