@@ -45,7 +45,6 @@ COMMANDS = (
     "verify MODEL --plan plan.json",
     "prune MODEL -o small",
     "verify MODEL small",
-    "view steps --no-open",
     "bench MODEL --batch 1 --seconds 2",
 )
 RULES = """\

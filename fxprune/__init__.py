@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import FxpruneError
     from .latencies import Latency, latency
     from .plans import Plan
+    from .saving import load, save
     from .sparse import SparsityPenalty
     from .verifier import Verification
 
@@ -32,8 +33,10 @@ _HOMES = {
     "count": "api",
     "criterion": "criteria",
     "latency": "latencies",
+    "load": "saving",
     "plan": "api",
     "prune": "api",
+    "save": "saving",
     "verify": "api",
 }
 __all__ = [
@@ -50,11 +53,13 @@ __all__ = [
     "criterion",
     "errors",
     "latency",
+    "load",
     "models",
     "plan",
     "prune",
     "recipes",
     "rules",
+    "save",
     "sparse",
     "verify",
 ]

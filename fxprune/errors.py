@@ -69,6 +69,10 @@ class NamingError(FxpruneError):
     """A text names no model, or what it names, or a file of weights, cannot be read."""
 
 
+class SaveError(FxpruneError):
+    """A file cannot be written, or a saved network is missing, damaged or foreign."""
+
+
 class PlanError(FxpruneError):
     """A plan does not fit the model, or cannot be read."""
 

@@ -3,7 +3,6 @@
 ``torchvision:resnet18``, ``timm:resnet18``   a network of a zoo, by its registered name
 ``package.module:name``   a class, a function that builds a model, or a model, of a module
 ``file.py:name``          the same, of a file
-``folder``                what `fxprune.save` wrote
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from .errors import FxpruneError, InputError, NamingError, OptionError, nearest
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-_FORMS = "torchvision:resnet18, timm:resnet18, package.module:Class, file.py:Class, or a folder"
+_FORMS = "torchvision:resnet18, timm:resnet18, package.module:Class, or file.py:Class"
 _PRETRAINED = "DEFAULT"
 
 
@@ -75,7 +74,10 @@ def _made(
     text: str, zoo: str, name: str, arguments: dict[str, Any], downloads: str | None
 ) -> nn.Module:
     if Path(text).is_dir():
-        return _saved(text, arguments)
+        raise NamingError(
+            f"folder {text} is no model: it needs the one it was pruned from",
+            hint="fxprune verify MODEL FOLDER, or fxprune.load(folder, model)",
+        )
     if zoo in zoos.ZOOS:
         return _of_zoo(zoo, name, arguments, downloads)
     return _built(text, thing(text), arguments)
@@ -83,13 +85,6 @@ def _made(
 
 def _is_file_name(text: str) -> bool:
     return Path(text).suffix in (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-
-
-def _saved(folder: str, arguments: dict[str, Any]) -> nn.Module:
-    _refuse(arguments, f"folder {folder} holds a whole network")
-    import fxprune
-
-    return fxprune.load(folder)
 
 
 def _refuse(arguments: Mapping[str, Any], why: str) -> None:

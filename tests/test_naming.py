@@ -221,13 +221,10 @@ def test_a_class_that_fails_shows_the_users_line_not_torchs(folder):
     assert 'own_net.py:32, in fails: return nn.Linear("many", 3)' in str(error)
 
 
-def test_a_folder_is_loaded(folder, monkeypatch):
-    import fxprune
-
+def test_a_folder_needs_its_original(folder):
     (folder / "small").mkdir()
-    monkeypatch.setattr(fxprune, "load", lambda path: nn.Linear(2, len(path)), raising=False)
-    assert naming.model("small").out_features == 5
-    assert "whole network" in fault(OptionError, naming.model, "small", arguments={"a": 1}).fault
+    error = fault(NamingError, naming.model, "small")
+    assert "folder small is no model" in error.fault and "verify MODEL FOLDER" in error.hint
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:77"])

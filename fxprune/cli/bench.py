@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -117,6 +118,10 @@ def bench(named: Named, measuring: Measuring, chosen: Pruning, output: Output) -
 def _other(
     model: Any, example: Any, named: Named, measuring: Measuring, chosen: Pruning, output: Output
 ) -> Any:
+    if measuring.other is not None and Path(measuring.other).is_dir():
+        import fxprune
+
+        return fxprune.load(measuring.other, model)
     if measuring.other is not None:
         own = {each.name: getattr(named, each.name) for each in fields(named)}
         alone = {**own, "model": measuring.other, "weights": None, "arguments": [], "rules": []}

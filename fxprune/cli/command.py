@@ -35,8 +35,6 @@ _CODES = {
     "PlanError": BAD_FILE,
     "RecipeError": BAD_FILE,
     "SaveError": BAD_FILE,
-    "LoadError": BAD_FILE,
-    "FileError": BAD_FILE,
 }
 EXIT_CODES = (
     (OK, "done"),

@@ -28,7 +28,7 @@ class Named:
         str,
         typer.Argument(
             help="torchvision:NAME, timm:NAME, file.py:CLASS, package.module:CLASS (or a function "
-            "or a model there), or a folder written by prune -o.",
+            "or a model there).",
             autocompletion=complete_model,
             metavar="MODEL",
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import OptionError
+from ..files import write_text
 from . import tables
-from .command import Answer, command, flag, option, writable
-from .files import save_onnx, save_text
+from .command import Answer, command, option, writable
+from .files import save_onnx
 from .options import Named, Pruning
 from .output import Output
-from .view import page_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,7 +33,7 @@ class Files:
         option(
             "--out",
             "-o",
-            help="A folder for the pruned network: weights, plan, and its source.",
+            help="A folder for the pruned network: its weights and its plan.",
             default="none: only the report",
             metavar="FOLDER",
             rich_help_panel=_FILES,
@@ -58,10 +57,6 @@ class Files:
             rich_help_panel=_FILES,
         ),
     ] = None
-    view: Annotated[
-        bool,
-        flag("--view", help="Open a page of all steps in the browser.", rich_help_panel=_FILES),
-    ] = False
 
     def check(self) -> None:
         """Refuse what cannot be written before any work is done for it."""
@@ -102,15 +97,10 @@ def prune(named: Named, chosen: Pruning, files: Files, output: Output) -> Answer
     """
     files.check()
     options = chosen.given()
-    if files.view:
-        options.setdefault("dump", Path(tempfile.mkdtemp(prefix="fxprune-")))
     start = time.perf_counter()
     pruned = _pruned(named, options, output)
     seconds = time.perf_counter() - start
     written = _written(pruned, files, output)
-    if files.view:
-        output.steps.at("write the page")
-        written["view"] = page_of(options["dump"], None, opened=True)
     report = pruned.fxprune.report
     data = {"report": report.to_dict(), "files": _plain(written), "seconds": round(seconds, 3)}
     return Answer(data, tables.report(report), notes=_told(files, written, seconds))
@@ -135,7 +125,7 @@ def _written(pruned: nn.Module, files: Files, output: Output) -> dict[str, Path]
         fxprune.save(pruned, files.out)
         written["out"] = files.out
     if files.plan is not None:
-        written["plan"] = save_text(files.plan, info.plan.to_json(indent=2))
+        written["plan"] = write_text(files.plan, info.plan.to_json(indent=2))
     if files.onnx is not None:
         output.steps.at("export to ONNX")
         written["onnx"] = save_onnx(pruned, files.onnx)
@@ -166,7 +156,7 @@ def dump(named: Named, into: Into, chosen: Pruning, output: Output) -> Answer:
     """Prune, and write what every step did as text: the graph, the channels each value carries, the
     groups, the scores, the plan, the new graph, the difference.
 
-    Read the files in a pager, compare two of them with diff, or open them with `fxprune view`.
+    Read the files in a pager, or compare two of them with diff.
     """
     writable(into.folder, "folder")
     if chosen.dump not in (None, into.folder):

@@ -57,26 +57,32 @@ def verify(named: Named, against: Against, output: Output) -> Answer:
     """
     if (against.folder is None) == (against.plan is None):
         raise OptionError("verify takes a folder or --plan", hint="one of the two")
-    home = against.plan or Path(str(against.folder), "plan.json")
-    plan_text = _text(home)
+    text = "" if against.plan is None else _text(against.plan)
     model = named.load(output)
-    import fxprune
-
-    with of_file():
-        plan = fxprune.Plan.from_json(plan_text)
     output.steps.at("verify")
-    found = _verified(model, plan, against, named.example())
+    if against.folder is not None:
+        plan, found = _saved(model, against.folder, named.example())
+    else:
+        plan, found = _planned(model, text, named.example())
     data = {"verification": asdict(found), "plan": _described(plan)}
     return Answer(data, [tables.verified(found)])
 
 
-def _verified(model: Any, plan: Plan, against: Against, example: Any) -> Any:
+def _planned(model: Any, text: str, example: Any) -> tuple[Plan, Any]:
     import fxprune
 
-    if against.folder is None:
-        return fxprune.apply(model, plan, example).fxprune.report.verification
+    with of_file():
+        plan = fxprune.Plan.from_json(text)
+    return plan, fxprune.apply(model, plan, example).fxprune.report.verification
+
+
+def _saved(model: Any, folder: Path, example: Any) -> tuple[Plan, Any]:
+    import fxprune
+
+    pruned = fxprune.load(folder, model)
+    plan = pruned.fxprune.plan
     try:
-        return fxprune.verify(model, fxprune.load(against.folder, model), plan, example)
+        return plan, fxprune.verify(model, pruned, plan, example)
     except VerificationError as error:
         error.hint = (
             "the model must have the weights it was pruned with, the same --weights, or --seed; "
