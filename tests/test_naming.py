@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from fxprune import naming, weights, zoos
 from fxprune.errors import FxpruneError, InputError, NamingError, OptionError

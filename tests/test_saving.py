@@ -149,7 +149,7 @@ def test_a_plan_and_weights_that_do_not_fit(saved):
     with pytest.raises(SaveError, match=r"missing +norm.weight"):
         fxprune.load(saved, Net())
     save_file(good, path, metadata={"fxprune_plan": plan[:-40]})
-    with pytest.raises(SaveError, match="plan in .* is damaged"):
+    with pytest.raises(SaveError, match=r"plan in .* is damaged"):
         fxprune.load(saved, Net())
 
 
