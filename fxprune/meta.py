@@ -10,8 +10,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from .sizes import Traced, plain
-from .trees import leaves
+from .trees import leaves, mapped
 
+LARGE = 1 << 18  # elements of a computed constant of which only the shape is kept
 Standin = Callable[[torch.Tensor, bool, bool], torch.Tensor]
 
 
@@ -107,6 +108,21 @@ def _without_masks(index: Any) -> Any:
     return tuple(made)
 
 
+def lightened(value: Any, call: Any) -> Any:
+    """What a call gave; of a large computed constant, as a table of biases looked up for each pair
+    of positions, the shape is enough."""
+    operands = leaves(call, torch.Tensor)
+    return mapped(lambda v: _light(v, operands), value) if operands else value
+
+
+def _light(value: Any, operands: list[torch.Tensor]) -> Any:
+    if not isinstance(value, torch.Tensor) or value.is_meta or value.numel() < LARGE:
+        return value
+    own = value.untyped_storage().data_ptr()
+    shared = any(not t.is_meta and t.untyped_storage().data_ptr() == own for t in operands)
+    return value if shared or not value.is_floating_point() else to_meta(value, {}).detach()
+
+
 class OnMeta(TorchFunctionMode):
     """Computes shapes: real tensors that meet meta ones are taken as meta.
 
@@ -120,7 +136,9 @@ class OnMeta(TorchFunctionMode):
 
     def __torch_function__(self, func, _types, args=(), kwargs=None):
         found = self.shortcut(func, args, kwargs or {})
-        return evaluate(func, args, kwargs or {}, self._standin) if found is None else found
+        if found is not None:
+            return found
+        return lightened(evaluate(func, args, kwargs or {}, self._standin), (args, kwargs))
 
     def _standin(self, tensor: torch.Tensor, meta: bool, changed: bool) -> torch.Tensor:
         if meta:

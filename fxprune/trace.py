@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import shapes, sizes
 from .errors import FxpruneError, InputError, ModelError, RuleError, TraceError
-from .meta import evaluate, in_place, to_meta
+from .meta import evaluate, in_place, lightened, to_meta
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
 from .trees import has_tensors, leaves, mapped
@@ -48,7 +48,6 @@ _DUNDERS = {
     "neg": operator.neg,
 }
 _EVALUATED = {"__get__", "size", "dim", "numel", "__len__", "nelement", "ndimension", "stride"}
-LARGE = 1 << 18  # elements of a computed constant of which only the shape is kept
 SIZE = "a size became a plain number, so the pruned network may take inputs of this size only"
 TRAINING = "forward branches on `training`; what it does in training alone is not in the graph"
 ON_VALUES = "forward depends on the values in a tensor"
@@ -634,18 +633,7 @@ class Tracer(TorchFunctionMode):
         found = shapes.of_call(self.rules, func, args, kwargs)
         if found is not None:
             return found
-        operands = leaves((args, kwargs), torch.Tensor)
-        value = evaluate(func, args, kwargs, self.standin)
-        return mapped(lambda t: self.light(t, operands), value) if operands else value
-
-    def light(self, value: Any, operands: list[torch.Tensor]) -> Any:
-        """Of a large computed constant, as a table of biases looked up for each pair of positions,
-        the shape is enough."""
-        if not isinstance(value, torch.Tensor) or value.is_meta or value.numel() < LARGE:
-            return value
-        own = value.untyped_storage().data_ptr()
-        shared = any(not t.is_meta and t.untyped_storage().data_ptr() == own for t in operands)
-        return value if shared or not value.is_floating_point() else to_meta(value, {}).detach()
+        return lightened(evaluate(func, args, kwargs, self.standin), (args, kwargs))
 
     def standin(self, tensor: torch.Tensor, meta: bool, changed: bool) -> torch.Tensor:
         """What is computed with in place of a tensor of the model, which must not be touched."""
