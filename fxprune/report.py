@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from . import rendered
 from .causes import Cause
 from .verifier import Verification
 
@@ -61,6 +63,31 @@ class Report:
 
         return asdict(self)
 
+    def to_json(self, *, indent: int | None = 2) -> str:
+        """The report as JSON."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown, for a model card or a pull request."""
+        return rendered.markdown(self)
+
+    def _repr_html_(self) -> str:
+        return rendered.html(self)
+
+    def heading(self) -> list[str]:
+        """What was done, and on which inputs."""
+        recipe = f" (recipe {self.recipe})" if self.recipe else ""
+        rate = f" at {self.rate:g}" if self.rate is not None else ""
+        guessed = f", guessed from {self.guessed}" if self.guessed else ""
+        return [
+            f"{self.model} pruned by {self.criterion}{recipe}{rate} ({self.scope}{self._rule})",
+            f"{self.frontend} trace on {self.inputs}{guessed}",
+        ]
+
+    def joined_shortfalls(self) -> list[Row]:
+        """Shortfalls of one layer that differ only in the node that is to blame, as one."""
+        return _joined(self.shortfalls())
+
     @property
     def _rule(self) -> str:
         return "" if self.select_by == "rate" else f", {self.select_by}"
@@ -70,11 +97,7 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{self.model} pruned by {self.criterion}"
-            + (f" (recipe {self.recipe})" if self.recipe else "")
-            + (f" at {self.rate:g}" if self.rate is not None else "")
-            + f" ({self.scope}{self._rule}), {self.frontend} trace on {self.inputs}"
-            + (f", guessed from {self.guessed}" if self.guessed else ""),
+            ", ".join(self.heading()),
             _change("channels", *self.channels),
             _change("parameters", *self.params),
             _change("MACs", *self.macs),
@@ -87,7 +110,7 @@ class Report:
         short = self.shortfalls()
         if short:
             lines.append(f"  {len(short)} of {len(self.groups)} groups gave less than asked:")
-            lines += _listed(_joined(short))
+            lines += _listed(self.joined_shortfalls())
         return "\n".join(lines)
 
 
