@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import keyword
 import numbers
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import ModelError, OptionError, nearest
+from .errors import ModelError, OptionError, first_line, nearest
 
 _WRAPPERS = {
     "DataParallel": "model.module",
@@ -157,15 +158,20 @@ def check_count(name: str, value: Any) -> None:
         raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model is: the device of its first parameter, or buffer; the CPU without any."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((t.device for t in tensors), torch.device("cpu"))
+
+
 def usable_device(device: str | torch.device) -> torch.device:
     """A device that a tensor can be put on; `OptionError` for any other."""
     try:
         found = torch.device(device)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise OptionError(
-            f"device `{device}` cannot be used: {first}",
+            f"device `{device}` cannot be used: {first_line(error)}",
             hint='"cpu" always works; "cuda" needs a GPU and a PyTorch built for it',
         ) from None
     return found

@@ -85,3 +85,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """``did you mean `x`?`` for the known word closest to `word`, or an empty string."""
     found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"did you mean `{found[0]}`?" if found else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's text; its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

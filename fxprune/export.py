@@ -23,10 +23,11 @@ from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from . import shapes, sizes
+from .check import device_of
 from .errors import FxpruneError, TraceError
 from .meta import OnMeta
 from .opaque import Call, Calls, arguments, computed, mapped_arguments
-from .retrace import Retracer, device_of, replayed, silent
+from .retrace import Retracer, replayed, silent
 from .rules import Rules
 from .sizes import Traced, TracedInt, TracedSize
 from .trace import (

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .check import check_count, usable_device
-from .errors import InputError, ModelError, OptionError
+from .check import check_count, device_of, usable_device
+from .errors import InputError, ModelError, OptionError, first_line
 from .inputs import Inputs, candidates, given, of_spec, random_like
 
 Progress = Callable[[str, float], None]
@@ -178,7 +178,9 @@ def _unseen(what: str, share: float) -> None:
     """Shows nothing."""
 
 
-def _check(named: Any, batch_sizes: Any, threads: Any, rounds: Any, budget: Any, confidence: Any):
+def _check(
+    named: Any, batch_sizes: Any, threads: Any, rounds: Any, budget: Any, confidence: Any
+) -> None:
     if not isinstance(named, Mapping) or not named:
         kind = type(named).__name__
         raise OptionError(f"networks is a {kind}", hint='{"before": model, "after": pruned}')
@@ -223,16 +225,12 @@ def _settings(named: Mapping[str, nn.Module], threads: int | None) -> Iterator[N
             gc.enable()
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    return next((t.device for t in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-
-
 def _on(device: str | torch.device | None, model: nn.Module) -> nn.Module:
     """The model itself, or a copy on another device."""
     if device is None:
         return model
     wanted = usable_device(device)
-    return model if _same_place(wanted, _device_of(model)) else copy.deepcopy(model).to(wanted)
+    return model if _same_place(wanted, device_of(model)) else copy.deepcopy(model).to(wanted)
 
 
 def _same_place(wanted: torch.device, found: torch.device) -> bool:
@@ -256,7 +254,7 @@ def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
 
 def _runner(name: str, model: nn.Module, inputs: Inputs, batch: int) -> _Runner:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    device = _device_of(model)
+    device = device_of(model)
     return _Runner(
         name, model, random_like(_batched(inputs, batch), dtype=dtype, device=device), device
     )
@@ -310,9 +308,8 @@ def _warm_up(runner: _Runner, batch: int, budget: float, count: int) -> None:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"{runner.name} does not run on a batch of {batch}: {first}",
+            f"{runner.name} does not run on a batch of {batch}: {first_line(error)}",
             hint="other sizes may work, or other example inputs",
         ) from error
     start, times = time.perf_counter(), [runner.seconds()]

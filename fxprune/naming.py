@@ -21,13 +21,14 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from . import zoos
-from .errors import FxpruneError, InputError, NamingError, OptionError, nearest
+from .errors import FxpruneError, InputError, NamingError, OptionError, first_line, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _FORMS = "torchvision:resnet18, timm:resnet18, package.module:Class, or file.py:Class"
 _PRETRAINED = "DEFAULT"
+_OFFLINE = "download the file where there is a network, and pass it with --weights FILE"
 
 
 def model(
@@ -132,7 +133,7 @@ def _torchvision(name: str, arguments: dict[str, Any], weights: str | None) -> n
                 details=[("known", ", ".join(known.__members__))],
                 hint=nearest(chosen, known.__members__),
             )
-        with _downloading(f"the weights {known[chosen]}"):
+        with _told(f"the weights {known[chosen]} cannot be had", hint=_OFFLINE):
             return builder(weights=known[chosen], **arguments)
     return builder(weights=None, **arguments)
 
@@ -144,22 +145,8 @@ def _timm(name: str, arguments: dict[str, Any], weights: str | None) -> nn.Modul
         name = f"{name.partition('.')[0]}.{weights}"
     if not weights:
         return timm.create_model(name, pretrained=False, **arguments)
-    with _downloading(f"the weights of timm:{name}"):
+    with _told(f"the weights of timm:{name} cannot be had", hint=_OFFLINE):
         return timm.create_model(name, pretrained=True, **arguments)
-
-
-@contextlib.contextmanager
-def _downloading(what: str) -> Iterator[None]:
-    """An `OSError` of the network, or a library's own error of a download, as a `NamingError`."""
-    try:
-        yield
-    except FxpruneError:
-        raise
-    except Exception as error:
-        raise NamingError(
-            f"{what} cannot be had: {first_line(error)}",
-            hint="download the file where there is a network, and pass it with --weights FILE",
-        ) from error
 
 
 @contextlib.contextmanager
@@ -330,7 +317,7 @@ def literal(text: str) -> Any:
 
 
 @contextlib.contextmanager
-def _told(fault: str) -> Iterator[None]:
+def _told(fault: str, hint: str = "") -> Iterator[None]:
     """An exception of code that is not ours, as a `NamingError` with the line it came from."""
     try:
         yield
@@ -340,6 +327,7 @@ def _told(fault: str) -> Iterator[None]:
         raise NamingError(
             f"{fault}: {type(error).__name__}: {first_line(error)}",
             details=[("at", culprit(error))],
+            hint=hint,
         ) from error
 
 
@@ -370,11 +358,6 @@ def _short(file: str) -> str:
     with contextlib.suppress(ValueError):
         return str(Path(file).relative_to(Path.cwd()))
     return file
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # -- inputs ----------------------------------------------------------------------------------------
@@ -422,4 +405,4 @@ def _tensor(text: str, generator: Any) -> Tensor:
         raise InputError(fault, hint="smaller sizes do as well: only shapes matter") from None
 
 
-__all__ = ["argument", "culprit", "first_line", "inputs", "literal", "model", "thing"]
+__all__ = ["argument", "culprit", "inputs", "literal", "model", "thing"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import rules as rule_files
-from .errors import FxpruneError
+from .errors import FxpruneError, first_line
 from .letters import Dims, DimsUse
 from .rewrite import rewrite
 from .rules import Rule, Rules, Sample, Use
@@ -122,7 +122,7 @@ class _Prober:
         try:
             call = made_call(sample.call, sample)
         except Exception as error:
-            self.report(f"cannot be built: {_first_line(error)}", sample.call)
+            self.report(f"cannot be built: {_fault(error)}", sample.call)
             return None
         if call.target is None and is_missing(sample.call):
             return None
@@ -252,7 +252,7 @@ class _Prober:
         except FxpruneError as error:
             self.report(f"{type(error).__name__}: {error.fault}")
         except Exception as error:  # whatever an op raises is a finding
-            self.report(f"fails: {_first_line(error)}")
+            self.report(f"fails: {_fault(error)}")
 
     def roles(self, call: Call) -> Iterator[tuple[list[int], list[bool | None]]]:
         """Operands that are parameters, and what the inputs' masked channels hold."""
@@ -409,7 +409,7 @@ class _Prober:
                 found = leaves(pruned.eval()(*inputs))
             got = [found[i] for i in trial.told]
         except Exception as error:
-            self.report(f"without part of {shown} it does not run: {_first_line(error)}")
+            self.report(f"without part of {shown} it does not run: {_fault(error)}")
             return False
         full = trial.run(trial.masked(widths))
         for value, whole, part in zip(trial.values, full, got, strict=True):
@@ -479,8 +479,8 @@ def _operands(trial: Trial, use: DimsUse) -> Iterator[tuple[str, Dims]]:
             yield name, dims
 
 
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '?').splitlines()[0]}"
+def _fault(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def _last(name: str) -> str:

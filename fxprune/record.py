@@ -19,6 +19,7 @@ from torch.overrides import _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import sizes
+from .check import device_of
 from .errors import TraceError
 from .inputs import Inputs, random_like
 from .meta import evaluate, to_meta
@@ -58,10 +59,6 @@ def example(model: nn.Module, inputs: Inputs, dtype: torch.dtype | None = None) 
     """The inputs with data, on the model's device; in its dtype unless another is given."""
     own = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return random_like(inputs, dtype=dtype or own, device=device_of(model))
-
-
-def device_of(model: nn.Module) -> torch.device:
-    return next((t.device for t in model.parameters()), torch.device("cpu"))
 
 
 def copied(model: nn.Module, tensors: Callable[[str, Tensor], Tensor]) -> nn.Module:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from . import sizes
+from .check import device_of
 from .errors import FxpruneError, TraceError
 from .opaque import Call, Calls, merged, op
 from .rules import Rules
@@ -240,11 +241,6 @@ _SIZES = {torch.ops.aten.sym_size: "size", torch.ops.aten.sym_numel: "numel"}
 
 def _itself(number: Any) -> Any:
     return number
-
-
-def device_of(model: nn.Module) -> torch.device:
-    tensors = (*model.parameters(), *model.buffers())
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from .errors import VerificationError
+from .errors import VerificationError, first_line
 from .flow import Flow
 from .ids import Value
 from .inputs import Inputs
@@ -27,7 +27,7 @@ from .plans import Kept
 from .record import copied, example
 from .reference import Jitter, jitters, mask
 from .trees import leaves
-from .verifier import _LIMITS, Verification, _difference, _disturbed, _first_line, _tensors
+from .verifier import _LIMITS, Verification, _difference, _disturbed, _tensors
 from .widths import Widths
 
 # what stands for zero where something may be divided by its own norm: squared, it is a number still
@@ -288,7 +288,7 @@ def _in_some_dtype(both: _Both) -> Verification:
             return both.compare(dtype)
         except RuntimeError as error:  # code that fixes a dtype does not run in another
             errors.append(error)
-    fault = f"the original or the pruned network does not run: {_first_line(errors[-1])}"
+    fault = f"the original or the pruned network does not run: {first_line(errors[-1])}"
     raise VerificationError(fault) from errors[-1]
 
 
@@ -301,7 +301,7 @@ def _run_itself(flow: Flow, pruned: nn.Module, inputs: Inputs) -> None:
             found = own(*inputs.args, **inputs.kwargs)
     except Exception as error:
         raise VerificationError(
-            f"the pruned network does not run: {type(error).__name__}: {_first_line(error)}",
+            f"the pruned network does not run: {type(error).__name__}: {first_line(error)}",
             hint="forward may take another way where layers are narrower; please report it",
         ) from error
     old = next(n.meta["val"] for n in flow.graph.graph.nodes if n.op == "output")

@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from . import shapes
-from .errors import VerificationError
+from .errors import VerificationError, first_line
 from .flow import Flow
 from .inputs import Inputs, random_like
 from .meta import OnMeta
@@ -89,7 +89,7 @@ class _Shapes(fx.Interpreter):
             found = super().run_node(n)
         except Exception as error:
             raise VerificationError(
-                f"the pruned graph does not run at %{n.name}: {_first_line(error)}",
+                f"the pruned graph does not run at %{n.name}: {first_line(error)}",
                 details=[("node", n.format_node() or "")],
                 hint="this is a defect of fxprune, or of a rule; please report it with the dump",
             ) from error
@@ -123,7 +123,7 @@ def verify_numbers(
                 return run.compare(dtype)
             except RuntimeError as error:  # code that fixes a dtype does not run in another
                 errors.append(error)
-    fault = f"the original or the pruned network does not run: {_first_line(errors[-1])}"
+    fault = f"the original or the pruned network does not run: {first_line(errors[-1])}"
     raise VerificationError(fault) from errors[-1]
 
 
@@ -191,7 +191,7 @@ class _Run:
         try:
             functional_call(pruned, state, tuple(self.arguments()))
         except Exception as error:
-            message = f"{type(error).__name__}: {_first_line(error)}"
+            message = f"{type(error).__name__}: {first_line(error)}"
             raise VerificationError(
                 f"the pruned network does not run: {message}",
                 hint="this is a defect of fxprune; please report it with the dump",
@@ -253,10 +253,6 @@ def _disturbed(arg: Any) -> Any:
     noise = torch.randn(arg.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     size = float(arg.abs().max()) if arg.numel() else 1.0
     return (noise * (size or 1.0)).to(arg)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _worst(expected: list[Tensor], got: list[Tensor]) -> float:

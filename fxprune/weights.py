@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import NamingError, nearest
+from .errors import NamingError, first_line, nearest
 
 _INSIDE = ("state_dict", "model_state_dict", "model")  # where checkpoints keep the weights
 _MOST = 6
@@ -65,16 +65,12 @@ def _pickled(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle may raise anything
         unsafe = "weights_only" in str(error).lower() or "unsupported" in str(error).lower()
-        why = "it holds more than tensors" if unsafe else _first_line(error)
+        why = "it holds more than tensors" if unsafe else first_line(error)
         raise NamingError(
             f"{path} cannot be read as weights: {why}",
             hint="loading code from a file could run anything: save model.state_dict(), or "
             "write a .safetensors file",
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _inner(found: Any) -> Any:

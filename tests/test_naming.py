@@ -135,7 +135,7 @@ def test_a_download_that_fails_says_so(monkeypatch):
 
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
     error = fault(NamingError, naming.model, "torchvision:squeezenet1_1", weights="DEFAULT")
-    assert "IMAGENET1K_V1 cannot be had: <urlopen error no route to host>" in error.fault
+    assert "IMAGENET1K_V1 cannot be had: OSError: <urlopen error no route to host>" in error.fault
     assert "--weights FILE" in error.hint
 
 

@@ -22,7 +22,7 @@ import typer
 from rich.console import RenderableType
 
 from .. import __version__
-from ..errors import FxpruneError, NamingError
+from ..errors import FxpruneError, NamingError, first_line
 from .output import Output
 
 OK, FAILED, USAGE, BAD_FILE, DEFECT, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 3, 4, 130, 141
@@ -245,7 +245,7 @@ def _plain(error: FxpruneError, code: int) -> dict[str, Any]:
 
 
 def _unexpected(called: str, output: Output, error: Exception) -> int:
-    from ..naming import culprit, first_line
+    from ..naming import culprit
 
     told = FxpruneError(
         f"{type(error).__name__}: {first_line(error)}",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..errors import NamingError, SaveError
+from ..errors import NamingError, SaveError, first_line
 from ..files import write_whole
-from ..naming import first_line
 
 
 def save_onnx(pruned: Any, path: Path) -> Path:
