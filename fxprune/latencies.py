@@ -138,7 +138,8 @@ def latency(
 
     networks:       a module, or modules by name: ``{"before": model, "after": pruned}``. The others
                     are compared with the first.
-    example_inputs: as in `fxprune.prune`; repeated along the batch for each of `batch_sizes`.
+    example_inputs: as in `fxprune.prune`; without them, those that one of the networks was pruned
+                    with, or usual ones; repeated along the batch for each of `batch_sizes`.
     device:         where to measure; networks that are elsewhere are copied. Default: where they
                     are.
     threads:        of torch, while measuring; by default as many as it has.
@@ -155,7 +156,7 @@ def latency(
     measured: list[Measured] = []
     speedups: list[Speedup] = []
     with _settings(named, threads):
-        inputs = _inputs(next(iter(named.values())), example_inputs)
+        inputs = _inputs([*named.values()], example_inputs)
         where = {name: _on(device, model) for name, model in named.items()}
         for batch in batch_sizes:
             runners = [_runner(*each, inputs, batch) for each in where.items()]
@@ -237,12 +238,16 @@ def _same_place(wanted: torch.device, found: torch.device) -> bool:
     return wanted.type == found.type and wanted.index in (None, found.index)
 
 
-def _inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+def _inputs(models: list[nn.Module], example_inputs: Any) -> Inputs:
+    """The inputs given, those of which a pruned network knows, or usual ones."""
+    model = models[0]
     if example_inputs is not None:
         return given(example_inputs, model)
-    info = getattr(model, "fxprune", None)
-    if info is not None and info.plan.inputs is not None:
-        return of_spec(info.plan.inputs)
+    infos = (getattr(each, "fxprune", None) for each in models)
+    specs = (info.plan.inputs for info in infos if info is not None)
+    known = next((spec for spec in specs if spec is not None), None)
+    if known is not None:
+        return of_spec(known)
     for inputs in candidates(model):
         try:
             _runner("", model, inputs, 1).call()

@@ -392,6 +392,14 @@ def test_bench_measures_both_and_says_how_much_faster(home):
     assert "times as fast" in done.stdout and "1 thread, torch" in done.stdout
 
 
+def test_bench_takes_a_saved_network(home):
+    fx(f"prune net.py:Net {X} --rate 0.25 -o small")
+    found = data("bench net.py:Net small -b 2 --rounds 8 --on cpu")
+    assert [(m["name"], m["batch"]) for m in found["measured"]] == [("before", 2), ("after", 2)]
+    (home / "small" / "model.safetensors").unlink()
+    assert "there is no small/model" in fx("bench net.py:Net small", code=3).stderr
+
+
 def test_bench_hands_over_the_original_and_the_pruned_one(home, monkeypatch):
     seen = []
     real = fxprune.latency

@@ -164,11 +164,17 @@ def test_outliers_are_kept_in_the_samples():
     assert one.median_ms < max(one.samples_ms)
 
 
-def test_a_pruned_network_knows_its_inputs_and_others_are_guessed():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
-    pruned = fxprune.prune(model, torch.rand(2, 3, 8, 8), rate=0.5)
-    found = fxprune.latency({"after": pruned, "before": model}, batch_sizes=(3,), **QUICK)
-    assert len(found.measured) == 2
+@pytest.mark.parametrize("order", [("before", "after"), ("after", "before")])
+def test_a_pruned_network_knows_the_inputs_of_all(order):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 5 * 5, 4))
+    networks = {"before": model, "after": fxprune.prune(model, torch.rand(2, 3, 7, 7), rate=0.5)}
+    found = fxprune.latency({name: networks[name] for name in order}, batch_sizes=(3,), **QUICK)
+    assert tuple(each.name for each in found.measured) == order
+    with pytest.raises(InputError, match="no usual input fits"):
+        fxprune.latency(model, **QUICK)
+
+
+def test_usual_inputs_are_tried_without_any():
     assert fxprune.latency(nn.Linear(5, 2), **QUICK).measured
 
 

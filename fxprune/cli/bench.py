@@ -26,7 +26,8 @@ class Measuring:
     other: Annotated[
         str | None,
         typer.Argument(
-            help="A network to compare with, named in the same way; without it, the pruned one.",
+            help="What to compare with: another model, or a folder of prune -o; without it, the "
+            "model pruned.",
             autocompletion=complete_model,
             metavar="OTHER",
             show_default=False,
@@ -102,7 +103,6 @@ def bench(named: Named, measuring: Measuring, chosen: Pruning, output: Output) -
     model = named.load(output)
     example = named.example()
     other = _other(model, example, named, measuring, chosen, output)
-    example = _example(example, other)
     found = [
         _latency({"before": model, "after": other}, example, measuring, device, output)
         for device in measuring.on or _devices()
@@ -118,29 +118,17 @@ def bench(named: Named, measuring: Measuring, chosen: Pruning, output: Output) -
 def _other(
     model: Any, example: Any, named: Named, measuring: Measuring, chosen: Pruning, output: Output
 ) -> Any:
-    if measuring.other is not None and Path(measuring.other).is_dir():
-        import fxprune
-
-        return fxprune.load(measuring.other, model)
-    if measuring.other is not None:
-        own = {each.name: getattr(named, each.name) for each in fields(named)}
-        alone = {**own, "model": measuring.other, "weights": None, "arguments": [], "rules": []}
-        return Named(**alone).load(output)
     import fxprune
 
-    output.steps.at("trace", 7)
-    return fxprune.prune(model, example, watch=output.steps.watch, **chosen.given())
-
-
-def _example(example: Any, other: Any) -> Any:
-    """The inputs given, or those that pruning found."""
-    from ..inputs import of_spec
-
-    info = getattr(other, "fxprune", None)
-    if example is not None or info is None or info.plan.inputs is None:
-        return example
-    inputs = of_spec(info.plan.inputs)
-    return inputs.kwargs or inputs.args
+    if measuring.other is None:
+        output.steps.at("trace", 7)
+        return fxprune.prune(model, example, watch=output.steps.watch, **chosen.given())
+    if Path(measuring.other).is_dir():
+        output.steps.at(f"load {measuring.other}")
+        return fxprune.load(measuring.other, model)
+    own = {each.name: getattr(named, each.name) for each in fields(named)}
+    alone = {**own, "model": measuring.other, "weights": None, "arguments": [], "rules": []}
+    return Named(**alone).load(output)
 
 
 def _devices() -> list[str]:
