@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from .api import apply
 from .check import check_model
-from .errors import ModelError, PlanError, SaveError
+from .errors import ModelError, PlanError, SaveError, first_line
 from .files import write_text, write_whole
 from .plans import Plan
 
 WEIGHTS, PLAN = "model.safetensors", "plan.json"
 _HEADER = "fxprune_plan"
 _SHOWN = 6
+_PICKLE = "torch.save(pruned, file) pickles the whole network"
 
 
 def save(pruned: nn.Module, folder: str | os.PathLike[str]) -> Path:
@@ -30,7 +31,7 @@ def save(pruned: nn.Module, folder: str | os.PathLike[str]) -> Path:
 
     Each file appears whole or not at all, and other files in the folder are left alone. Raises
     `ModelError` if `pruned` is not what `prune`, `apply` or `load` gave, `SaveError` if nothing can
-    be written.
+    be written there, or if the format cannot hold the weights.
     """
     plan, path = _plan_of(pruned), Path(folder)
     try:
@@ -79,15 +80,24 @@ def _plan_of(pruned: nn.Module) -> Plan:
 
 
 def _write_weights(pruned: nn.Module, plan: Plan, path: Path) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors, seen = {}, set()
     for name, tensor in pruned.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            kind = type(tensor).__name__
+            raise SaveError(f"{name} is a {kind}, and only tensors are saved", hint=_PICKLE)
         whole = tensor.detach().cpu().contiguous()
         place = whole.untyped_storage().data_ptr()
         tensors[name] = whole.clone() if place in seen else whole  # the format shares no memory
         seen.add(place)
-    save_file(tensors, path, metadata={_HEADER: plan.to_json(), "format": "pt"})
+    try:
+        save_file(tensors, path, metadata={_HEADER: plan.to_json(), "format": "pt"})
+    except (KeyError, ValueError, SafetensorError) as error:  # a dtype, a layout
+        raise SaveError(
+            f"safetensors cannot hold these weights: {first_line(error)}", hint=_PICKLE
+        ) from None
 
 
 def _read(path: Path) -> tuple[str, dict[str, Tensor]]:

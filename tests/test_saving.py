@@ -112,6 +112,31 @@ def test_only_pruned_networks_are_saved(tmp_path):
         fxprune.save(fxprune.prune(Net(), X), tmp_path / "file")
 
 
+class Complex(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("wave", torch.zeros(1, dtype=torch.complex128))
+
+    def forward(self, x):
+        return super().forward(x) + self.wave.real
+
+
+class Extra(Detects):
+    def get_extra_state(self):
+        return {"epoch": 3}
+
+    def set_extra_state(self, state):
+        self.epoch = state["epoch"]
+
+
+@pytest.mark.parametrize(("cls", "told"), [(Complex, "complex128"), (Extra, "_extra_state is a")])
+def test_what_the_format_cannot_hold(cls, told, tmp_path):
+    pruned = fxprune.prune(cls(), X, rate=0.5)
+    with pytest.raises(SaveError, match=told):
+        fxprune.save(pruned, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
