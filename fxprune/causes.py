@@ -40,10 +40,15 @@ class Cause:
     source: str
     remedy: str
 
-    def __str__(self) -> str:
-        where = f" ({self.source})" if self.source else ""
+    @property
+    def where(self) -> str:
+        """The reason, at how many places, and the first one's source line."""
+        source = f" ({self.source})" if self.source else ""
         places = f" at {self.places} places" if self.places > 1 else ""
-        return f"{self.channels:,} channels: {self.reason}{places}{where}\n      {self.remedy}"
+        return f"{self.reason}{places}{source}"
+
+    def __str__(self) -> str:
+        return f"{self.channels:,} channels: {self.where}\n      {self.remedy}"
 
 
 def causes(analysis: Analysis, most: int = 3) -> list[Cause]:

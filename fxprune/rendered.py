@@ -1,16 +1,26 @@
-"""A report as Markdown, and as HTML for notebooks: the same parts in two notations."""
+"""A report as parts to show, and these as Markdown, and as HTML for notebooks."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from .report import Report
+    from .report import Report, Row
+    from .verifier import Verification
 
 _STYLE = "text-align:{};padding:2px 12px 2px 0"
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of text, and what it is to the report."""
+
+    text: str
+    kind: Literal["title", "inputs", "verified", "unverified", "warning", "head"]
 
 
 @dataclass(frozen=True)
@@ -22,34 +32,57 @@ class Table:
     numbers: tuple[int, ...] = ()
 
 
-Part = str | Table
-
-
-def parts(report: Report) -> Iterator[Part]:
+def parts(report: Report) -> Iterator[Line | Table]:
     """What there is to say, from the totals to the groups that gave less than asked."""
-    yield from report.heading()
+    title, inputs = report.heading()
+    yield Line(title, "title")
+    yield Line(inputs, "inputs")
     totals = {"channels": report.channels, "parameters": report.params, "MACs": report.macs}
-    rows = [
-        [name, f"{a:,}", f"{b:,}", f"{b / a:.1%}" if a else ""] for name, (a, b) in totals.items()
-    ]
-    yield Table(["", "before", "after", "left"], rows, (1, 2, 3))
-    yield f"verified: {report.verification or 'no'}"
-    yield from (f"warning: {text}" for text in report.warnings)
+    yield Table(
+        ["", "before", "after", "left"], [_change(*each) for each in totals.items()], (1, 2, 3)
+    )
+    yield verified(report.verification)
+    yield from (Line(f"warning: {text}", "warning") for text in report.warnings)
     if report.causes:
-        yield "less than half of the channels could go, mostly because of"
-        yield Table(
-            ["channels", "because", "what frees them"],
-            [
-                [f"{c.channels:,}", f"{c.reason} {c.source}".strip(), c.remedy]
-                for c in report.causes
-            ],
-            (0,),
-        )
-    short = report.joined_shortfalls()
+        yield Line("less than half of the channels could go, mostly because of", "head")
+        rows = [[f"{c.channels:,}", c.where, c.remedy] for c in report.causes]
+        yield Table(["channels", "because", "what frees them"], rows, (0,))
+    short = report.shortfalls()
     if short:
-        yield f"{len(report.shortfalls())} of {len(report.groups)} groups gave less than asked"
-        rows = [[row.name, f"{row.kept:,} of {row.size:,}", row.reason] for row in short]
-        yield Table(["group", "kept", "because"], rows, (1,))
+        yield Line(f"{len(short)} of {len(report.groups)} groups gave less than asked", "head")
+        yield Table(["group", "kept", "because"], _by_reason(short), (1,))
+
+
+def verified(found: Verification | None) -> Line:
+    """What was proven of a pruned network."""
+    return Line(f"verified: {found}", "verified") if found else Line("not verified", "unverified")
+
+
+def _change(name: str, values: tuple[int, int]) -> list[str]:
+    before, after = values
+    return [name, f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else ""]
+
+
+_NODE = re.compile(r"( at)? \(?%\w+\)?")
+
+
+def _by_reason(short: Sequence[Row]) -> list[list[str]]:
+    """Groups with one reason, at whatever nodes, as one row."""
+    reasons: dict[str, list[Row]] = {}
+    for row in short:
+        reasons.setdefault(_NODE.sub("", row.reason), []).append(row)
+    return [_joined(reason, rows) for reason, rows in reasons.items()]
+
+
+def _joined(reason: str, rows: list[Row]) -> list[str]:
+    names = list(dict.fromkeys(row.name for row in rows))
+    more = f" and {len(names) - 1} more" if names[1:] else ""
+    kept, size = sum(row.kept for row in rows), sum(row.size for row in rows)
+    return [
+        f"{names[0]}{more}",
+        f"{kept:,} of {size:,}",
+        rows[0].reason if len(rows) == 1 else reason,
+    ]
 
 
 # -- Markdown --------------------------------------------------------------------------------------
@@ -57,9 +90,12 @@ def parts(report: Report) -> Iterator[Part]:
 
 def markdown(report: Report) -> str:
     """The report as GitHub's Markdown."""
-    title, *rest = parts(report)
-    shown = [_md_table(each) if isinstance(each, Table) else _md(each) for each in rest]
-    return "\n\n".join([f"**{_md(str(title))}**", *shown]) + "\n"
+    shown = [_md_table(p) if isinstance(p, Table) else _md_line(p) for p in parts(report)]
+    return "\n\n".join(shown) + "\n"
+
+
+def _md_line(line: Line) -> str:
+    return f"**{_md(line.text)}**" if line.kind == "title" else _md(line.text)
 
 
 def _md_table(table: Table) -> str:
@@ -80,11 +116,13 @@ def _md(text: str) -> str:
 
 def html(report: Report) -> str:
     """The report as a fragment of HTML, with no script and no style sheet."""
-    title, *rest = parts(report)
-    shown = [
-        _html_table(each) if isinstance(each, Table) else f"<p>{escape(each)}</p>" for each in rest
-    ]
-    return "\n".join(["<div>", f"<p><b>{escape(str(title))}</b></p>", *shown, "</div>"])
+    shown = [_html_table(p) if isinstance(p, Table) else _html_line(p) for p in parts(report)]
+    return "\n".join(["<div>", *shown, "</div>"])
+
+
+def _html_line(line: Line) -> str:
+    text = escape(line.text)
+    return f"<p><b>{text}</b></p>" if line.kind == "title" else f"<p>{text}</p>"
 
 
 def _html_table(table: Table) -> str:

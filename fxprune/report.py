@@ -84,10 +84,6 @@ class Report:
             f"{self.frontend} trace on {self.inputs}{guessed}",
         ]
 
-    def joined_shortfalls(self) -> list[Row]:
-        """Shortfalls of one layer that differ only in the node that is to blame, as one."""
-        return _joined(self.shortfalls())
-
     @property
     def _rule(self) -> str:
         return "" if self.select_by == "rate" else f", {self.select_by}"
@@ -110,7 +106,7 @@ class Report:
         short = self.shortfalls()
         if short:
             lines.append(f"  {len(short)} of {len(self.groups)} groups gave less than asked:")
-            lines += _listed(self.joined_shortfalls())
+            lines += _listed(_joined(short))
         return "\n".join(lines)
 
 

@@ -87,6 +87,6 @@ def test_causes_are_in_all_notations():
     report = Report("Net", "l2", 0.5, "local", "symbolic", "2x6", "", causes=[cause])
     cells = Cells(report._repr_html_()).cells
     at = cells.index("1,200")
-    assert cells[at + 1 : at + 3] == ["meets a constant net.py:3", cause.remedy]
-    want = "| 1,200 | meets a constant net.py:3 | mixing='all' frees 1,000 of them |"
+    assert cells[at + 1 : at + 3] == ["meets a constant at 2 places (net.py:3)", cause.remedy]
+    want = "| 1,200 | meets a constant at 2 places (net.py:3) | mixing='all' frees 1,000 of them |"
     assert want in report.to_markdown() and "mostly because of" in str(report)

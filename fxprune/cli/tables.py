@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from rich import box
@@ -11,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .. import rendered
 from .spoken import spoken
 
 Column = tuple[str, Literal["left", "right", "full"]]
@@ -32,74 +32,34 @@ def table(columns: Sequence[Column], rows: Iterable[Sequence[Any]]) -> Table:
     return made
 
 
-def share(before: float, after: float) -> str:
-    return f"{after / before:.1%}" if before else ""
-
-
-def change(rows: Iterable[tuple[str, int, int]]) -> Table:
-    """What was and what is, side by side."""
-    return table(
-        [("", "left"), ("before", "right"), ("after", "right"), ("left", "right")],
-        [[name, f"{old:,}", f"{new:,}", share(old, new)] for name, old, new in rows],
-    )
+_MOST = 12  # rows of one table of a report; --json lists all
+_STYLES = {"title": "bold", "inputs": "dim", "unverified": "yellow", "head": ""}
+_LABELS = {"verified": "green bold", "warning": "yellow bold"}
 
 
 def report(found: Any) -> list[RenderableType]:
     """A pruning's report as people read it in a terminal."""
-    recipe = f" (recipe {found.recipe})" if found.recipe else ""
-    rate = f" at {found.rate:g}" if found.rate is not None else ""
-    guessed = f", guessed from {found.guessed}" if found.guessed else ""
-    head = f"{found.model} pruned by {found.criterion}{recipe}{rate} ({found.scope})"
-    shown: list[RenderableType] = [
-        Text(head, style="bold"),
-        Text(f"{found.frontend} trace on {found.inputs}{guessed}", style="dim"),
-        change(
-            [("channels", *found.channels), ("parameters", *found.params), ("MACs", *found.macs)]
-        ),
-        verified(found.verification),
-    ]
-    shown += [Text.assemble(("warning: ", "yellow bold"), text) for text in found.warnings]
-    return [*shown, *_causes(found), *_shortfalls(found)]
+    return [each for part in rendered.parts(found) for each in _shown(part)]
 
 
-def verified(found: Any) -> Text:
-    if found is None:
-        return Text.assemble(("not verified", "yellow"))
-    return Text.assemble(("verified: ", "green bold"), str(found))
+def _shown(part: rendered.Line | rendered.Table) -> Iterator[RenderableType]:
+    if isinstance(part, rendered.Line):
+        yield line(part)
+        return
+    rows = [[spoken(cell) for cell in row] for row in part.rows]
+    yield table([*_columns(part)], rows[:_MOST])
+    if rows[_MOST:]:
+        yield Text(f"and {len(rows) - _MOST} more: --json lists all")
 
 
-def _causes(found: Any) -> list[RenderableType]:
-    if not found.causes:
-        return []
-    head = Text("\nless than half of the channels could go, mostly because of")
-    return [head, *(Text(f"  {spoken(str(cause))}") for cause in found.causes)]
+def _columns(part: rendered.Table) -> Iterator[Column]:
+    for i, name in enumerate(part.columns):
+        yield name, "right" if i in part.numbers else "full" if i else "left"
 
 
-def _shortfalls(found: Any, most: int = 12) -> list[RenderableType]:
-    short = found.shortfalls()
-    if not short:
-        return []
-    head = Text(f"\n{len(short)} of {len(found.groups)} groups gave less than asked")
-    rows = _by_reason(short)
-    made = table([("group", "left"), ("kept", "right"), ("because", "full")], rows[:most])
-    rest = [Text(f"and {len(rows) - most} more reasons: --json lists all")] if rows[most:] else []
-    return [head, made, *rest]
-
-
-_NODE = re.compile(r"( at)? \(?%\w+\)?")
-
-
-def _by_reason(short: Sequence[Any]) -> list[list[str]]:
-    """Groups with one reason, at whatever nodes, as one row."""
-    reasons: dict[str, list[Any]] = {}
-    for row in short:
-        reasons.setdefault(_NODE.sub("", row.reason), []).append(row)
-    return [_joined(reason, rows) for reason, rows in reasons.items()]
-
-
-def _joined(reason: str, rows: list[Any]) -> list[str]:
-    names = list(dict.fromkeys(row.name for row in rows))
-    more = f" and {len(names) - 1} more" if names[1:] else ""
-    kept, size = sum(row.kept for row in rows), sum(row.size for row in rows)
-    shown = rows[0].reason if len(rows) == 1 else reason
-    return [f"{names[0]}{more}", f"{kept:,} of {size:,}", spoken(shown)]
+def line(part: rendered.Line) -> Text:
+    """A line of a report: what it is, in colour; heads of tables stand apart."""
+    if part.kind in _LABELS:
+        label, _, rest = part.text.partition(" ")
+        return Text.assemble((label, _LABELS[part.kind]), " ", rest)
+    return Text("\n" * (part.kind == "head") + part.text, style=_STYLES[part.kind])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import NamingError, OptionError, VerificationError
+from ..rendered import verified
 from . import tables
 from .command import Answer, command, of_file, option
 from .options import Named
@@ -65,7 +66,7 @@ def verify(named: Named, against: Against, output: Output) -> Answer:
     else:
         plan, found = _planned(model, text, named.example())
     data = {"verification": asdict(found), "plan": _described(plan)}
-    return Answer(data, [tables.verified(found)])
+    return Answer(data, [tables.line(verified(found))])
 
 
 def _planned(model: Any, text: str, example: Any) -> tuple[Plan, Any]:
