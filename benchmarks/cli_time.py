@@ -3,8 +3,8 @@
 Every command runs in a process of its own, several times; the table shows the median and the range.
 Importing PyTorch is a part of most times: it stands in a row of its own.
 
-    python benchmarks/cli_time.py                    # torchvision:resnet50
-    python benchmarks/cli_time.py --model torchvision:resnet18 --repeat 5 --json times.json
+    python -m benchmarks.cli_time                    # torchvision:resnet50
+    python -m benchmarks.cli_time --model torchvision:resnet18 --repeat 5 --json times.json
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from benchmarks import common
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
@@ -83,15 +82,13 @@ def row(name: str, words: list[str], repeat: int, folder: Path, **more: str) -> 
     return {"command": name, "seconds": [round(t, 3) for t in times], "exit_code": max(codes)}
 
 
-def table(model: str, rows: list[dict]) -> Table:
-    made = Table(title=f"seconds of each command on {model}")
-    for name in ("command", "median", "least", "most", "exit"):
-        made.add_column(name, justify="left" if name == "command" else "right")
-    for each in rows:
-        times = each["seconds"]
-        cells = [f"{x:.2f}" for x in (statistics.median(times), min(times), max(times))]
-        made.add_row(each["command"], *cells, str(each["exit_code"]))
-    return made
+COLUMNS = ("command", "median", "least", "most", "exit code")
+
+
+def cells(each: dict) -> list[str]:
+    times = each["seconds"]
+    shown = (statistics.median(times), min(times), max(times))
+    return [each["command"], *(f"{x:.2f}" for x in shown), str(each["exit_code"])]
 
 
 def main() -> None:
@@ -104,7 +101,7 @@ def main() -> None:
         folder = Path(name)
         (folder / "my_rules.yaml").write_text(RULES)
         rows = list(measured(options.model, options.repeat, folder))
-    Console().print(table(options.model, rows))
+    common.show(f"seconds of each command on {options.model}", COLUMNS, list(map(cells, rows)))
     if options.json:
         options.json.write_text(json.dumps({"model": options.model, "rows": rows}, indent=2))
 

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import typing
 from dataclasses import fields
 from pathlib import Path
@@ -219,7 +218,6 @@ def test_version_and_no_arguments():
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 
 
-@pytest.mark.skipif(not PAGE.exists(), reason="the page of the command line is not written yet")
 def test_the_page_shows_what_is_printed(home):
     """Each ``$`` line of a console block is run; ``...`` stands for anything."""
     shown = re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -337,7 +335,8 @@ def test_no_verify_says_so_and_contradictions_are_refused(home):
 
 
 def test_onnx_computes_the_same(home):
-    onnxruntime = pytest.importorskip("onnxruntime")
+    import onnxruntime
+
     fx(f"prune net.py:Net {X} --onnx small.onnx -o small")
     x = torch.rand(1, 3, 8, 8)
     session = onnxruntime.InferenceSession("small.onnx")
@@ -729,17 +728,6 @@ def test_completion_of_paths_and_classes(home):
 )
 def test_words_that_bash_took_apart_are_joined(words, at, expected):
     assert complete.joined(words, at) == expected
-
-
-def test_help_is_quick():
-    """A median of processes: this machine may be busy."""
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        process("--help").communicate()
-        times.append(time.perf_counter() - start)
-    print(f"fxprune --help: {sorted(times)[1]:.2f} s")
-    assert sorted(times)[1] < 1.5
 
 
 def test_the_module_is_the_command():
