@@ -15,7 +15,7 @@ JOBS ?= 2
 # Several test processes share the cores: one thread each.
 test check: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test check format fuzz zoo zoo-all zoo-page bench wheel clean
+.PHONY: demo test check format fuzz docs pages zoo zoo-all zoo-page bench wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,13 @@ format: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python benchmarks/fuzz.py --count $(N) --jobs $(JOBS)
+
+docs: $(VENV)/.dev
+	$(BIN)/zensical build --clean --strict
+
+# The pages of the reference that are made from the data.
+pages: $(VENV)/.dev
+	$(BIN)/python -m tools.pages
 
 zoo: $(VENV)/.dev
 	$(BIN)/python benchmarks/torchvision_table.py
@@ -64,7 +71,7 @@ wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel --no-isolation
 
 clean:
-	rm -rf dist build demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf dist build site .cache demo-output .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # A stamp for each set of extras: an install runs again only when pyproject.toml changed.
 $(VENV)/bin/python:

@@ -77,36 +77,42 @@ def prune(
     slices of the original's tensors under the original's names. Inputs and outputs of the network
     keep their shapes.
 
-    example_inputs: a tensor, a tuple of forward's arguments or a dict of them; guessed if missing.
-    recipe:         a whole pruning by name (`fxprune.recipes.names()`) or from a YAML file; what is
-                    given beside it wins over it. Without one the defaults below hold.
-    criterion:      a name (`fxprune.criteria.names()`), ``{"name": ..., "option": ...}``, or a
-                    function of a group's `Slices`; default "l2".
-    rate:           share of channels removed, in [0, 1), default 0.5: of each group
-                    (``scope="local"``, the default) or of all in scope together ("global").
-    select_by:      "rate" (default); "cumulative" (per group, the longest run of lowest scores
-                    whose summed share is at most `rate`); "threshold" (keep scores above the
-                    one at `rate`).
-    reduce:         how scores of coupled layers are joined: mean (default), sum, max, first.
-    rates:          name pattern of layers -> rate, over `rate`; the last match counts.
-    only:           layers to prune, as name patterns, modules, types or roles ("role:expansion",
-                    see `fxprune.roles`); default all.
-    ignore:         layers whose output channels all stay, in the same words; ``"in:PATTERN"`` keeps
-                    a layer's input channels instead.
-    min_channels, max_rate, round_to: floor, cap and divisor of each group's width; 1, 1 and 1.
-    squeeze:        ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate;
-                    False (beside a recipe) leaves them alone.
-    mixing:         which ops may run on over fewer channels although their statistics change:
-                    "norms" (the default), "all", "none".
-    scatter:        residual streams keep their width; each branch that is added to one loses
-                    channels of its own and is scattered back. Default False: they are coupled.
-    heads:          what may go of attention heads: "dims", equally many of each head (the default);
-                    "whole" heads; "keep": neither.
-    verify:         True compares shapes and numbers, "shapes" shapes only, False nothing.
-    frontend:       force one way from the model to a graph, "symbolic", "export" or "record" (see
-                    `fxprune.frontends`); by default the first that works, which the report names.
-    dump:           a folder for a text file and a drawing after every step (or ``FXPRUNE_DUMP``).
-    strict:         raise on an op no rule knows, instead of freezing what reaches it.
+    Args:
+        model: any `torch.nn.Module`, on any one device.
+        example_inputs: a tensor, a tuple of forward's arguments or a dict of them; guessed if
+            missing.
+        recipe: a whole pruning by name (`fxprune.recipes.names()`) or from a YAML file; what is
+            given beside it wins over it. Without one the defaults below hold.
+        criterion: a name (`fxprune.criteria.names()`), ``{"name": ..., "option": ...}``, or a
+            function of a group's `Slices`; default "l2".
+        rate: share of channels removed, in [0, 1); default 0.5.
+        scope: "local", that share of each group (the default), or "global", of all together.
+        select_by: "rate" (default); "cumulative" (per group, the longest run of lowest scores whose
+            summed share is at most `rate`); "threshold" (keep scores above the one at `rate`).
+        reduce: how scores of coupled layers are joined: mean (default), sum, max, first.
+        rates: name pattern of layers -> rate, over `rate`; the last match counts.
+        only: layers to prune, as name patterns, modules, types or roles ("role:expansion", see
+            `fxprune.roles`); default all.
+        ignore: layers whose output channels all stay, in the same words; ``"in:PATTERN"`` keeps a
+            layer's input channels instead.
+        min_channels: no group gets narrower; default 1.
+        max_rate: no group loses a larger share; default 1.0.
+        round_to: widths are rounded up to a multiple; default 1.
+        squeeze: ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate; False
+            (beside a recipe) leaves them alone.
+        mixing: which ops may run on over fewer channels although their statistics change: "norms"
+            (the default), "all", "none".
+        scatter: residual streams keep their width; each branch that is added to one loses channels
+            of its own and is scattered back. Default False: they are coupled.
+        heads: what may go of attention heads: "dims", equally many of each head (the default);
+            "whole" heads; "keep": neither.
+        verify: True compares shapes and numbers, "shapes" shapes only, False nothing.
+        frontend: force one way from the model to a graph, "symbolic", "export" or "record" (see
+            `fxprune.frontends`); by default the first that works, which the report names.
+        dump: a folder for a text file and a drawing after every step (or ``FXPRUNE_DUMP``).
+        strict: raise on an op no rule knows, instead of freezing what reaches it.
+        watch: called as ``watch(step, before, after)`` after every step, with what went in and what
+            came out.
 
     Raises `ModelError`, `InputError`, `TraceError`, `OptionError`, `RecipeError`, `CriterionError`,
     `NothingToPrune` or `VerificationError`; each says where and what to do.

@@ -136,16 +136,16 @@ def latency(
 ) -> Latency:
     """Measure how long a network takes, or several beside each other.
 
-    networks:       a module, or modules by name: ``{"before": model, "after": pruned}``. The others
-                    are compared with the first.
-    example_inputs: as in `fxprune.prune`; without them, those that one of the networks was pruned
-                    with, or usual ones; repeated along the batch for each of `batch_sizes`.
-    device:         where to measure; networks that are elsewhere are copied. Default: where they
-                    are.
-    threads:        of torch, while measuring; by default as many as it has.
-    rounds:         how many; by default as many as fit into `budget_s` seconds a batch size, at
-                    least 8 and at most 1000.
-    progress:       called with what is measured and the share that is done.
+    Args:
+        networks: a module, or modules by name: ``{"before": model, "after": pruned}``. The others
+            are compared with the first.
+        example_inputs: as in `fxprune.prune`; without them, those that one of the networks was
+            pruned with, or usual ones; repeated along the batch for each of `batch_sizes`.
+        device: where to measure; networks that are elsewhere are copied. Default: where they are.
+        threads: of torch, while measuring; by default as many as it has.
+        rounds: how many; by default as many as fit into `budget_s` seconds a batch size, at least 8
+            and at most 1000.
+        progress: called with what is measured and the share that is done.
 
     The networks run in eval mode without gradients; their modes, and torch's threads, are as before
     when it is over. Raises `InputError` where a network does not run on the inputs.

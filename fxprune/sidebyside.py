@@ -418,7 +418,7 @@ def worst_of(expected: Trace, got: Trace) -> float:
     """The largest difference, each relative to the largest value of its tensor."""
     calls = [[name for name, _, _ in trace.samples] for trace in (expected, got)]
     if calls[0] != calls[1] or len(expected.outputs) != len(got.outputs):
-        raise VerificationError(_another_way(*calls))
+        raise _another_way(*calls)
     gaps = [
         _gap(name, a, b, scale)
         for (name, scale, a), (_, _, b) in zip(expected.samples, got.samples, strict=True)
@@ -427,10 +427,13 @@ def worst_of(expected: Trace, got: Trace) -> float:
     return max([*gaps, *(_difference(a, b) for a, b in pairs)], default=0.0)
 
 
-def _another_way(expected: list[str], got: list[str]) -> str:
+def _another_way(expected: list[str], got: list[str]) -> VerificationError:
     pairs = zip([*expected, "its end"], [*got, "its end"], strict=False)
     at = next((pair for pair in pairs if pair[0] != pair[1]), ("its end", "its end"))
-    return f"the pruned network goes another way: the original runs to {at[0]}, it to {at[1]}"
+    return VerificationError(
+        f"the pruned network goes another way: the original runs to {at[0]}, it to {at[1]}",
+        hint="where forward asks for a width, leave its layer alone (ignore=)",
+    )
 
 
 def _gap(name: str, expected: Tensor, got: Tensor, scale: float) -> float:

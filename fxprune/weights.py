@@ -48,16 +48,15 @@ def read(path: str | Path) -> dict[str, Tensor]:
 
 
 def _safetensors(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError:
-        hint = "pip install safetensors"
-        raise NamingError(f"reading {path} needs safetensors", hint=hint) from None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise NamingError(f"{path} is not a sound safetensors file: {error}") from None
+        raise NamingError(
+            f"{path} is not a sound safetensors file: {first_line(error)}", hint="write it again"
+        ) from None
 
 
 def _pickled(path: Path) -> Any:

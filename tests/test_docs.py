@@ -19,6 +19,9 @@ import inspect
 import io
 import os
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -152,10 +155,45 @@ def test_lists_of_plain_ops_exist():
     assert named and set(named) <= known
 
 
-def test_every_page_in_docs_is_linked_from_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    for page in (ROOT / "docs").glob("*.md"):
-        assert f"docs/{page.name}" in readme
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert f": {page.relative_to(ROOT / 'docs').as_posix()}\n" in navigation
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The documentation as a site; a warning, as of a link that leads nowhere, is an error."""
+    folder = tmp_path_factory.mktemp("docs")
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", folder)
+    tool = Path(sys.executable).with_name("zensical")
+    done = subprocess.run(
+        [tool, "build", "--strict"], cwd=folder, env=_with_path(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "site"
+
+
+def _with_path() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1"}
+
+
+def test_the_site_has_every_page(site):
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert (site / page.relative_to(ROOT / "docs").with_suffix(".html")).exists()
+
+
+@pytest.mark.parametrize("name", fxprune.__all__)
+def test_the_reference_has_every_public_name(site, name):
+    found = (site / "reference" / "python.html").read_text()
+    assert re.search(rf'id="fxprune(\.\w+)?\.{name}[".]', found)
+
+
+def test_pictures_are_there(site):
+    for page in site.rglob("*.html"):
+        for source in re.findall(r'<img[^>]* src="([^"]+)"', page.read_text()):
+            assert (page.parent / source).exists(), f"{page.name} shows {source}"
 
 
 def test_every_module_has_its_place_in_the_layout():
