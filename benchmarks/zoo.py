@@ -37,6 +37,7 @@ LISTS: dict[str, Callable[[], list[str]]] = {
     "torchvision": zoo_networks.torchvision_names,
     "timm-families": zoo_networks.timm_family_names,
     "timm": zoo_networks.timm_names,
+    "small": zoo_networks.small_names,
 }
 TOOLS = {
     "fxprune": (pruned_by_fxprune, warm_fxprune),
@@ -142,9 +143,7 @@ def nested(value: Any, free: bool) -> Any:
 
 
 def shape_of(args: Any) -> str:
-    if isinstance(args, Tensor):
-        return "x".join(map(str, args.shape))
-    return ", ".join(shape_of(each) for each in args)
+    return ", ".join("x".join(map(str, each.shape)) for each in zoo_networks.tensors(args))
 
 
 # -- many ------------------------------------------------------------------------------------------

@@ -1,14 +1,16 @@
 """The networks of whole zoos: their names, the networks with lively weights, and their inputs.
 
-A name is ``torchvision:resnet18`` or ``timm:vit_tiny_patch16_224``. Weights are random; nothing is
-ever downloaded.
+A name is ``torchvision:resnet18``, ``timm:vit_tiny_patch16_224`` or ``small:NAME``, a small twin of
+a published network with something hard in it (tests/wild.py). Weights are random; nothing is ever
+downloaded.
 """
 
 from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks import common
 
-SOURCES = ("torchvision", "timm")
+SOURCES = ("torchvision", "timm", "small")
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 
 
 @dataclass
@@ -61,6 +64,19 @@ def timm_family_names() -> list[str]:
     for name in timm.list_models():
         families.setdefault(_registry._model_to_module[name], []).append(name)
     return [f"timm:{_smallest(families[family])}" for family in sorted(families)]
+
+
+def small_names() -> list[str]:
+    """The small twins of published networks whose forward takes no keywords."""
+    return [f"small:{name}" for name, case in _small_networks().items() if not case.keywords]
+
+
+def _small_networks() -> dict[str, Any]:
+    if str(TESTS) not in sys.path:
+        sys.path.append(str(TESTS))
+    from wild import WILD
+
+    return WILD
 
 
 def names_in(path: str) -> list[str]:
@@ -110,7 +126,7 @@ def network(name: str, side: int = 0, shapes_above: float = float("inf")) -> Net
     if source not in SOURCES:
         raise ValueError(f"{name}: a name begins with {' or '.join(f'{s}:' for s in SOURCES)}")
     torch.manual_seed(0)
-    made = (_torchvision if source == "torchvision" else _timm)(name, short, side)
+    made = {"torchvision": _torchvision, "timm": _timm, "small": _small}[source](name, short, side)
     made.large = sum(p.numel() for p in made.model.parameters()) > shapes_above
     if not made.large:
         lively(made.model, made.args)
@@ -127,6 +143,11 @@ def _torchvision(name: str, short: str, side: int) -> Network:
     model = common.torchvision_model(short, **options)
     return Network(name, f"{home}.{family}".removeprefix("models."), kind, model,
                    _arguments(short, kind, side))  # fmt: skip
+
+
+def _small(name: str, short: str, side: int) -> Network:
+    case = _small_networks()[short]
+    return Network(name, short, "small", case.build(), case.args())
 
 
 def _arguments(short: str, kind: str, side: int) -> tuple[Any, ...]:
@@ -169,6 +190,8 @@ def others(args: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     def fill(value: Any) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)(fill(each) for each in value)
+        if isinstance(value, dict):
+            return {key: fill(each) for key, each in value.items()}
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value
         if float(value.min()) < -1:
@@ -232,24 +255,27 @@ class _Attention(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         result = func(*args, **(kwargs or {}))
-        tensors = list(_tensors((args, kwargs)))
-        product = any(getattr(t, "_is_product", False) for t in tensors)
+        given = tensors((args, kwargs))
+        product = any(getattr(t, "_is_product", False) for t in given)
         if any(name.startswith(known) for known in ATTENTION) or ("softmax" in name and product):
             self.found = True
-        activations = [t for t in tensors if not isinstance(t, nn.Parameter)]
+        activations = [t for t in given if not isinstance(t, nn.Parameter)]
         product = product or (name in PRODUCTS and len(activations) > 1)
         if product and "conv" not in name:
-            for tensor in _tensors(result):
+            for tensor in tensors(result):
                 tensor._is_product = True
         return result
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for each in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(each)
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors of nested arguments or outputs."""
+    if hasattr(value, "__dataclass_fields__"):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        return [t for each in value for t in tensors(each)]
+    return [value] if isinstance(value, Tensor) else []
 
 
 def matching(names: Iterable[str], pattern: str) -> list[str]:

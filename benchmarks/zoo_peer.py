@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import common
-from benchmarks.zoo_networks import Network
-from benchmarks.zoo_reference import tensors
+from benchmarks.zoo_networks import Network, tensors
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
