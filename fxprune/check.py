@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import keyword
 import numbers
+import re
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -80,11 +81,15 @@ def _check_names(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             if name in _taken_names():
                 raise _name_error(_KINDS[kind], name, "it is an attribute of fx.GraphModule")
         for prefix, module in modules.items():
-            for name in filter(keyword.iskeyword, getattr(module, kind)):
+            for name in getattr(module, kind):
                 full = f"{prefix}.{name}" if prefix else name
-                raise _name_error(_KINDS[kind], full, "it is a Python keyword")
+                if keyword.iskeyword(name):
+                    raise _name_error(_KINDS[kind], full, "it is a Python keyword")
+                if _BREAKS.search(name):
+                    raise _name_error(_KINDS[kind], repr(full), "it would end a text in quotes")
 
 
+_BREAKS = re.compile(r'["\\\n\r]')
 _KINDS = {"_modules": "child", "_parameters": "parameter", "_buffers": "buffer"}
 
 

@@ -75,13 +75,17 @@ def _made(
     text: str, zoo: str, name: str, arguments: dict[str, Any], downloads: str | None
 ) -> nn.Module:
     if Path(text).is_dir():
-        raise NamingError(
-            f"folder {text} is no model: it needs the one it was pruned from",
-            hint="fxprune verify MODEL FOLDER, or fxprune.load(folder, model)",
-        )
+        return _saved(text, arguments)
     if zoo in zoos.ZOOS:
         return _of_zoo(zoo, name, arguments, downloads)
     return _built(text, thing(text), arguments)
+
+
+def _saved(folder: str, arguments: Mapping[str, Any]) -> nn.Module:
+    from .saving import load
+
+    _refuse(arguments, f"{folder} is a saved network")
+    return load(folder)
 
 
 def _is_file_name(text: str) -> bool:

@@ -101,10 +101,16 @@ def _rebuild(state: dict[str, Any], nodes: list[tuple], name: str) -> PrunedModu
         made[node_name].meta["source"] = source
     root = nn.Module()
     root.__dict__.update(state)
+    return assembled(root, graph, name)
+
+
+def assembled(root: nn.Module, graph: fx.Graph, name: str) -> PrunedModule:
+    """A module of this graph that has all that `root` has, used by the graph or not."""
     module = PrunedModule(root, graph, name)
     for key in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "meta"):
-        module.__dict__[key] = state[key]
-    module.__dict__["training"] = state["training"]
+        if key in root.__dict__:
+            module.__dict__[key] = root.__dict__[key]
+    module.__dict__["training"] = root.training
     return module
 
 

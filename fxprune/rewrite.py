@@ -563,8 +563,11 @@ def sliced(old: Tensor, kept: dict[int, Kept], known: dict[int, Tensor]) -> Tens
 
 
 def set_sizes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
-    """Write sizes into the attributes of a leaf module that hold them."""
+    """Write sizes into the attributes of a leaf module that hold them. One that is 1 stays: it
+    serves all channels alike, as the parameter of a PReLU may."""
     for key, value in sizes.items():
+        if getattr(module, key, None) == 1:
+            continue
         if key in module.__dict__:  # not by setattr, which takes its time in a module
             module.__dict__[key] = value
         elif hasattr(module, key):

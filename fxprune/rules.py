@@ -62,6 +62,18 @@ class Sample(BaseModel):
     values: bool = True
 
 
+class Written(BaseModel):
+    """How a saved network writes a layer of another library with PyTorch's own: a class, its
+    arguments by the attributes that hold them (those of the same name need none) or as they are,
+    and the parts of the layer that are called after it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
+    settings: dict[str, str] = Field(default_factory=dict)
+    fixed: dict[str, Any] = Field(default_factory=dict)
+    then: tuple[str, ...] = ()
+
+
 class Rule(BaseModel):
     """One entry of a rule file.
 
@@ -93,6 +105,7 @@ class Rule(BaseModel):
     ``macs``     letters whose product is the op's multiply-accumulates
     ``slimming`` operations an element of the first operand in Network Slimming's FLOPs, beside macs
     ``fix``      how literals in a call of a movement are corrected
+    ``written``  how classes of ``modules`` are written in a saved network
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -143,6 +156,7 @@ class Rule(BaseModel):
     still: dict[str, str] = Field(default_factory=dict)
     still_when: dict[str, Any] = Field(default_factory=dict)
     fix: str | None = None
+    written: dict[str, Written] = Field(default_factory=dict)
     new_dim: bool = False
     samples: tuple[Sample, ...] = ()
 
@@ -366,6 +380,17 @@ class Rules:
         use = next((use for use in uses if use.fits(call)), None)
         return use or self.words.get(_word(function))
 
+    def knows(self, function: Any) -> bool:
+        """Whether there is a rule for a function, however it is called."""
+        packet = getattr(function, "overloadpacket", function)
+        operator_ = isinstance(packet, torch._ops.OpOverloadPacket)
+        keys = (str(packet), _base(str(packet))) if operator_ else (function,)
+        return any(key in self.functions for key in keys) or _word(function) in self.words
+
+    def knows_method(self, name: str) -> bool:
+        """Whether there is a rule for a tensor's method, however it is called."""
+        return name in self.methods or _base(name) in self.words
+
     def of_method(self, name: str, call: Call | None = None) -> Use | None:
         """The rule of a tensor method; an in-place method has its plain form's rule."""
         uses = (*self.methods.get(name, ()), *self.methods.get(_base(name), ()))
@@ -381,11 +406,11 @@ class Rules:
         for base in cls.__mro__:
             use = self.modules.get(f"{base.__module__}.{base.__qualname__}")
             if use is not None:
-                return use if _computes_as(cls, base) else None
+                return use if computes_as(cls, base) else None
         return None
 
 
-def _computes_as(cls: type, base: type) -> bool:
+def computes_as(cls: type, base: type) -> bool:
     harmless = {
         "__init__",
         "__module__",

@@ -7,9 +7,11 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+import fxprune
 from fxprune import naming, weights, zoos
-from fxprune.errors import FxpruneError, InputError, NamingError, OptionError
+from fxprune.errors import FxpruneError, InputError, NamingError, OptionError, SaveError
 
 NET = """\
 import torch
@@ -220,10 +222,14 @@ def test_a_class_that_fails_shows_the_users_line_not_torchs(folder):
     assert 'own_net.py:32, in fails: return nn.Linear("many", 3)' in str(error)
 
 
-def test_a_folder_needs_its_original(folder):
-    (folder / "small").mkdir()
-    error = fault(NamingError, naming.model, "small")
-    assert "folder small is no model" in error.fault and "verify MODEL FOLDER" in error.hint
+def test_a_saved_folder_is_a_model(tmp_path):
+    with pytest.raises(SaveError, match="there is no"):
+        naming.model(str(tmp_path))
+    pruned = fxprune.prune(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), torch.rand(1, 3, 8, 8))
+    fxprune.save(pruned, tmp_path)
+    assert naming.model(str(tmp_path)).get_submodule("0").out_channels == 4
+    with pytest.raises(OptionError, match="takes no arguments"):
+        naming.model(str(tmp_path), arguments={"width": 3})
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:77"])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fxprune
+from fxprune import saving
 from fxprune.errors import ModelError, PlanError, SaveError
 
 
@@ -50,6 +53,12 @@ def trained(model: nn.Module) -> nn.Module:
     return pruned.eval()
 
 
+def signed_file(tensors: dict, path: Path, header: dict[str, str]) -> None:
+    """What someone would write who knows the format."""
+    digest = saving._digest(header, tensors)
+    save_file(tensors, path, metadata={**header, "fxprune_digest": digest})
+
+
 def alike(a: nn.Module, b: nn.Module) -> bool:
     left, right = a.state_dict(), b.state_dict()
     return left.keys() == right.keys() and all(
@@ -62,7 +71,12 @@ def test_a_trained_network_comes_back(cls, tmp_path):
     torch.manual_seed(0)
     pruned, fresh = trained(cls()), cls()
     before = copy.deepcopy(fresh.state_dict())
-    fxprune.save(pruned, tmp_path / "a" / "small")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fxprune.save(pruned, tmp_path / "a" / "small")
+    graph = isinstance(pruned, torch.fx.GraphModule)
+    assert graph == (tmp_path / "a" / "small" / "model.py").exists()
+    assert graph == (not any("has no model.py" in str(each.message) for each in told))
     again = fxprune.load(tmp_path / "a" / "small", fresh).eval()
     assert alike(pruned, again) and torch.equal(pruned(X), again(X))
     assert again.fxprune.plan == pruned.fxprune.plan and again.left.weight is again.right.weight
@@ -161,20 +175,26 @@ def test_a_plan_and_weights_that_do_not_fit(saved):
     path = saved / "model.safetensors"
     plan = fxprune.Plan.from_json((saved / "plan.json").read_text()).to_json()
     good = load_file(path)
+
+    def write(tensors, plan):
+        signed_file(tensors, path, {"fxprune_plan": plan})
+
     for change, told in [
         ({"stem.weight": torch.zeros(7, 3, 3, 3)}, r"stem.weight is \[7, 3, 3, 3\]"),
         ({"stem.weight": torch.zeros(6, 3, 3, 3).int()}, "torch.int32"),
         ({"more": torch.zeros(1)}, "unexpected"),
     ]:
-        save_file({**good, **change}, path, metadata={"fxprune_plan": plan})
+        write({**good, **change}, plan)
         with pytest.raises(SaveError, match=told):
             fxprune.load(saved, Net())
-    save_file({k: v for k, v in good.items() if k != "norm.weight"}, path,
-              metadata={"fxprune_plan": plan})  # fmt: skip
+    write({k: v for k, v in good.items() if k != "norm.weight"}, plan)
     with pytest.raises(SaveError, match=r"missing +norm.weight"):
         fxprune.load(saved, Net())
-    save_file(good, path, metadata={"fxprune_plan": plan[:-40]})
+    write(good, plan[:-40])
     with pytest.raises(SaveError, match=r"plan in .* is damaged"):
+        fxprune.load(saved, Net())
+    save_file(good, path, metadata={"fxprune_plan": plan})
+    with pytest.raises(SaveError, match="checksum"):
         fxprune.load(saved, Net())
 
 
@@ -194,4 +214,6 @@ def test_any_damage_is_a_clear_error_or_harmless(saved):
             fxprune.load(saved, model)
         except fxprune.FxpruneError:
             refused += 1
-    assert refused > 60
+        else:
+            assert path.read_bytes() == good
+    assert refused > 100

@@ -28,7 +28,7 @@ class Named:
         str,
         typer.Argument(
             help="torchvision:NAME, timm:NAME, file.py:CLASS, package.module:CLASS (or a function "
-            "or a model there).",
+            "or a model there), or a FOLDER that prune -o wrote.",
             autocompletion=complete_model,
             metavar="MODEL",
         ),

@@ -122,8 +122,7 @@ def _written(pruned: nn.Module, files: Files, output: Output) -> dict[str, Path]
     written: dict[str, Path] = {}
     if files.out is not None:
         output.steps.at("save")
-        fxprune.save(pruned, files.out)
-        written["out"] = files.out
+        written["out"] = fxprune.save(pruned, files.out)
     if files.plan is not None:
         written["plan"] = write_text(files.plan, info.plan.to_json(indent=2))
     if files.onnx is not None:
@@ -139,6 +138,8 @@ def _plain(written: dict[str, Path]) -> dict[str, str]:
 def _told(files: Files, written: dict[str, Path], seconds: float) -> list[str]:
     """What was written, and what was not."""
     lines = [f"{'saved' if name == 'out' else name}: {path}" for name, path in written.items()]
+    source = written["out"] / "model.py" if "out" in written else None
+    lines += [f"as source code: {source}"] if source and source.exists() else []
     saved = "" if files.any else "; nothing was saved: -o FOLDER saves the network"
     return [*lines, f"pruned in {seconds:.1f} s{saved}"]
 
