@@ -334,17 +334,50 @@ def test_no_verify_says_so_and_contradictions_are_refused(home):
     fx(f"prune net.py:Net {X} --no-verify --verify shapes", code=2)
 
 
-def test_onnx_computes_the_same(home):
+def onnx_outputs(file: str, x: torch.Tensor) -> torch.Tensor:
     import onnxruntime
 
-    fx(f"prune net.py:Net {X} --onnx small.onnx -o small")
-    x = torch.rand(1, 3, 8, 8)
-    session = onnxruntime.InferenceSession("small.onnx")
+    session = onnxruntime.InferenceSession(file)
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return torch.from_numpy(got)
+
+
+def test_onnx_computes_the_same_for_any_batch(home):
+    done = fx(f"prune net.py:Net {X} --onnx small.onnx -o small")
+    assert "warning" not in done.stderr
     from net import Net
 
-    expected = fxprune.load("small", Net()).eval()(x)
-    assert torch.allclose(torch.from_numpy(got), expected, atol=1e-5)
+    small = fxprune.load("small", Net()).eval()
+    for x in (torch.rand(1, 3, 8, 8), torch.rand(5, 3, 8, 8)):
+        assert torch.allclose(onnx_outputs("small.onnx", x), small(x), atol=1e-5)
+
+
+def test_onnx_of_one_batch_size_says_so(home):
+    """The code itself holds the batch size."""
+    text = NET.replace("x.mean((2, 3))", "x.mean(3).view(2, 24, 8).mean(2)")
+    (home / "two.py").write_text(text)
+    done = fx("prune two.py:Net -i 2x3x8x8 --onnx two.onnx -o small")
+    assert "two.onnx takes 2x3x8x8 only" in done.stderr
+    from two import Net
+
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(
+        onnx_outputs("two.onnx", x), fxprune.load("small", Net()).eval()(x), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind, starts", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture_of_the_widths(home, kind, starts):
+    done = fx(f"prune net.py:Net {X} --plot widths.{kind}")
+    assert f"plot: widths.{kind}" in done.stderr and "nothing was saved" not in done.stderr
+    assert Path(f"widths.{kind}").read_bytes().startswith(starts)
+
+
+def test_pictures_are_refused_before_the_work(home, monkeypatch):
+    fx(f"prune net.py:Net {X} --plot widths.txt", code=2)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = fx(f"prune net.py:Net {X} --plot widths.png", code=2)
+    assert "pip install 'fxprune[plot]'" in done.stderr and "forward runs" not in done.stdout
 
 
 def test_rules_of_ones_own_are_in_force(home):

@@ -15,8 +15,8 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import InputError, ModelError, OptionError
-from fxprune.inputs import given
-from fxprune.latencies import Latency, _batched, median_interval, outliers
+from fxprune.inputs import batched, given
+from fxprune.latencies import Latency, median_interval, outliers
 
 
 class Sleeps(nn.Module):
@@ -179,12 +179,12 @@ def test_usual_inputs_are_tried_without_any():
 
 
 def test_lists_of_images_are_repeated():
-    found = _batched(given(([torch.zeros(3, 4, 4), torch.ones(3, 5, 5)],)), 3)
+    found = batched(given(([torch.zeros(3, 4, 4), torch.ones(3, 5, 5)],)), 3)
     assert [tuple(t.shape) for t in found.args[0]] == [(3, 4, 4), (3, 5, 5), (3, 4, 4)]
 
 
 def test_tensors_beside_the_batch_stay():
-    found = _batched(given({"x": torch.zeros(2, 3), "table": torch.zeros(7, 3), "n": 5}), 4)
+    found = batched(given({"x": torch.zeros(2, 3), "table": torch.zeros(7, 3), "n": 5}), 4)
     assert found.kwargs["x"].shape == (4, 3) and found.kwargs["table"].shape == (7, 3)
 
 
