@@ -14,6 +14,7 @@ from ..files import write_whole
 from ..inputs import Inputs, batch_of, batched, has_batch, of_spec, random_like
 from ..plots import check_matplotlib
 from ..report import Report
+from ..retrace import silent
 
 Remark = Callable[[str], None]
 _PICTURES = (".png", ".svg", ".pdf")
@@ -45,13 +46,19 @@ def _export(pruned: Any, inputs: Inputs, path: Path, remark: Remark) -> None:
 
     try:
         wide = batched(inputs, 3)  # sizes 1 are taken for constants
-        export(wide, dynamic_shapes=_any_batch(pruned, wide))
+        with silent():
+            export(wide, dynamic_shapes=_any_batch(pruned, wide))
     except ImportError:
         raise
     except Exception as error:
-        why = first_line(error)
-        remark(f"{path.name} takes {inputs.describe()} only; for any batch size: {why}")
         export(inputs)
+        why = first_line(_first_cause(error))
+        remark(f"the ONNX file takes {inputs.describe()} only, not any batch size: {why}")
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The exception that others were raised from."""
+    return error if error.__cause__ is None else _first_cause(error.__cause__)
 
 
 def _any_batch(pruned: Any, inputs: Inputs) -> dict[str, Any]:
