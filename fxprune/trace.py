@@ -176,7 +176,7 @@ class Tracer(TorchFunctionMode):
         self.kept: list[Any] = []  # keeps ids from being used again
         self.exprs: dict[Any, fx.Node] = {}
         self.standins: dict[int, torch.Tensor] = {}
-        self.asked: dict[Any, fx.Node] = {}  # dtype or device -> the node it was asked of
+        self.asked: dict[Any, torch.Tensor] = {}  # dtype or device -> what it was asked of
         self.tensor_constants: dict[str, torch.Tensor] = {}
         self.metas: dict[int, Any] = {}
         self.notes: list[tuple[str, Source | None]] = []  # what the graph does not hold, where
@@ -419,8 +419,8 @@ class Tracer(TorchFunctionMode):
         found = func(*args, **kwargs)
         if prop in ("__len__", "stride") and node is not None:
             self.note(SIZE)
-        if prop in ("dtype", "device") and node is not None:
-            self.asked[found] = node
+        if prop in ("dtype", "device") and (node is not None or id(tensor) in self.tensor_names):
+            self.asked[found] = tensor
         if isinstance(found, torch.Tensor):
             return self.record(getattr, "getattr", (tensor, prop), {}, found)
         return found
@@ -551,13 +551,13 @@ class Tracer(TorchFunctionMode):
             return slice(
                 self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step)
             )
-        if isinstance(value, torch.device) and value.type == "meta" and value in self.asked:
-            return self._attribute(self.asked[value], "device", value)
-        if isinstance(value, torch.dtype) and value in self.asked:
-            return self._attribute(self.asked[value], "dtype", value)
+        if isinstance(value, (torch.device, torch.dtype)) and value in self.asked:
+            name = "dtype" if isinstance(value, torch.dtype) else "device"
+            return self._attribute(self.asked[value], name, value)
         return value
 
-    def _attribute(self, node: fx.Node, name: str, value: Any) -> fx.Node:
+    def _attribute(self, tensor: torch.Tensor, name: str, value: Any) -> fx.Node:
+        node = self.node_of(tensor)
         if (node, name) not in self.exprs:
             made = self.create("call_function", getattr, (node, name), {})
             made.meta["val"] = value

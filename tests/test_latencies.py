@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
 import random
 import statistics
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +178,36 @@ def test_a_pruned_network_knows_the_inputs_of_all(order):
 
 def test_usual_inputs_are_tried_without_any():
     assert fxprune.latency(nn.Linear(5, 2), **QUICK).measured
+
+
+def test_networks_are_measured_as_they_are_deployed():
+    """Cast, laid out and compiled: each gets inputs of its dtype, the layout stays, and compiling
+    anew for a batch size is no part of what is measured."""
+    seen: list = []
+
+    class Looks(nn.Conv2d):
+        def forward(self, x):
+            if not torch.compiler.is_compiling():
+                last = x.is_contiguous(memory_format=torch.channels_last)
+                seen.append((x.dtype, last and not x.is_contiguous(), len(x)))
+            return super().forward(x)
+
+    plain = Looks(3, 8, 3)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last).bfloat16()
+    compiled: Any = torch.compile(copy.deepcopy(plain), backend="aot_eager")
+    x = torch.rand(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    networks = {"plain": plain, "bfloat16": last, "compiled": compiled}
+    found = fxprune.latency(networks, x, batch_sizes=(1, 3), rounds=8, budget_s=0.1)
+    assert set(seen) == {(t, True, n) for t in (torch.float32, torch.bfloat16) for n in (1, 3)}
+    assert [m.name for m in found.measured] == [*networks] * 2
+    assert all(m.median_ms < 100 for m in found.measured)
+
+
+def test_a_compiled_pruned_network_knows_its_inputs():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 5 * 5, 4))
+    pruned = fxprune.prune(model, torch.rand(2, 3, 7, 7), rate=0.5)
+    compiled: Any = torch.compile(pruned, backend="aot_eager")
+    assert fxprune.latency(compiled, **QUICK).measured
 
 
 def test_lists_of_images_are_repeated():

@@ -509,6 +509,20 @@ def test_dtype_and_device_follow_the_input():
     assert getattr in nodes(graph, "call_function")
 
 
+@pytest.mark.parametrize("of", ["weight", "bias"])
+def test_dtype_and_device_follow_the_weights(of):
+    """A weight may be asked before a layer reads it, and a network is cast after it was traced."""
+
+    def forward(self, x):
+        own = getattr(self.a, of)
+        y = torch.ones(6, device=own.device, dtype=own.dtype)
+        return self.a(x.to(device=own.device, dtype=own.dtype)) * y
+
+    graph = check(net(forward, a=nn.Linear(6, 6)), picture())
+    assert graph.half()(picture()).dtype == torch.float16
+    assert graph.to("meta")(picture().to("meta")).is_meta
+
+
 # -- in place, and aliases -------------------------------------------------------------------------
 
 
