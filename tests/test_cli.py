@@ -426,6 +426,27 @@ def test_bench_measures_both_and_says_how_much_faster(home):
     assert "times as fast" in done.stdout and "1 thread, torch" in done.stdout
 
 
+def test_bench_measures_as_networks_are_deployed(home, monkeypatch):
+    seen: list = []
+    real, compile = fxprune.latencies.latency, torch.compile
+
+    def look(networks, *rest, **how):
+        seen.extend(networks.values())
+        return real(networks, *rest, **how)
+
+    monkeypatch.setattr("fxprune.latencies.latency", look)
+    monkeypatch.setattr(torch, "compile", lambda net: compile(net, backend="aot_eager"))
+    bench = f"bench net.py:Net {X} -b 1 --rounds 8 --on cpu"
+    fx(f"{bench} --dtype bfloat16 --channels-last")
+    fx(f"{bench} --compile")
+    cast, compiled = seen[:2], seen[2:]
+    for net in cast:
+        weight = net.get_parameter("conv2.weight")
+        assert weight.dtype == torch.bfloat16
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert len(compiled) == 2 and all(hasattr(net, "_orig_mod") for net in compiled)
+
+
 def test_bench_takes_a_saved_network(home):
     fx(f"prune net.py:Net {X} --rate 0.25 -o small")
     found = data("bench net.py:Net small -b 2 --rounds 8 --on cpu")
