@@ -62,10 +62,25 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> Any:
     pruned = apply(model, plan, verify=False)
     own = pruned.state_dict(keep_vars=True)
     _check_alike(Path(folder) / WEIGHTS, own, tensors)
+    _cast_unsaved(pruned, own, tensors)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.data = tensors[name].to(tensor.device)
     return pruned
+
+
+def _cast_unsaved(
+    pruned: nn.Module, own: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> None:
+    """Buffers that are not saved follow where all weights of their dtype have another in the
+    file, as they did when the network was cast."""
+    changes: dict[torch.dtype, set[torch.dtype]] = {}
+    for name, tensor in own.items():
+        changes.setdefault(tensor.dtype, set()).add(found[name].dtype)
+    for name, buffer in pruned.named_buffers():
+        dtypes = changes.get(buffer.dtype, set())
+        if name not in own and buffer.is_floating_point() and len(dtypes) == 1:
+            buffer.data = buffer.to(next(iter(dtypes)))
 
 
 def _plan_of(pruned: nn.Module) -> Plan:

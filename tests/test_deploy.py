@@ -252,7 +252,7 @@ def test_symbolic_trace_again(name):
     found = case(name)
     again = fx.symbolic_trace(found.pruned)
     close(again(found.x), found.y)
-    assert again.state_dict().keys() == found.pruned.state_dict().keys()
+    assert again.state_dict().keys() >= found.pruned.state_dict().keys()
 
 
 @pytest.mark.parametrize("name", ["resnet20", "densenet", "shufflenet"])
