@@ -33,6 +33,7 @@ from .meta import evaluate, in_place, lightened, to_meta
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
 from .trees import has_tensors, leaves, mapped
+from .written import names_dtype
 
 _OWN = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -551,9 +552,11 @@ class Tracer(TorchFunctionMode):
             return slice(
                 self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step)
             )
-        if isinstance(value, (torch.device, torch.dtype)) and value in self.asked:
-            name = "dtype" if isinstance(value, torch.dtype) else "device"
-            return self._attribute(self.asked[value], name, value)
+        if isinstance(value, torch.device) and value in self.asked:
+            return self._attribute(self.asked[value], "device", value)
+        if isinstance(value, torch.dtype) and value in self.asked:
+            written = names_dtype(_nearest_frame(), value)
+            return value if written else self._attribute(self.asked[value], "dtype", value)
         return value
 
     def _attribute(self, tensor: torch.Tensor, name: str, value: Any) -> fx.Node:
@@ -814,13 +817,15 @@ def is_users(file: str) -> bool:
 
 def nearest_source() -> Source | None:
     """File, line and function of the nearest frame that is neither torch's nor ours."""
+    frame = _nearest_frame()
+    return frame and (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+def _nearest_frame() -> types.FrameType | None:
     frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if is_users(name):
-            return name, frame.f_lineno, frame.f_code.co_name
+    while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
-    return None
+    return frame
 
 
 def describe(source: Source | None) -> str:

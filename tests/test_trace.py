@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import inspect
 import operator
+import sys
 from typing import Any
 
 import numpy as np
@@ -521,6 +522,27 @@ def test_dtype_and_device_follow_the_weights(of):
     graph = check(net(forward, a=nn.Linear(6, 6)), picture())
     assert graph.half()(picture()).dtype == torch.float16
     assert graph.to("meta")(picture().to("meta")).is_meta
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="places of calls are not known before")
+def test_dtypes_that_the_code_writes_stay():
+    """As norms and attention do: some steps in float32, the result in the input's precision."""
+
+    def forward(self, x):
+        own = x.dtype
+        wide = x.to(torch.float64)
+        asked = F.softmax(self.a(x), dim=-1, dtype=torch.float64).to(own)
+        several = torch.zeros(
+            6,
+            dtype=torch.float64,
+        )
+        nested = torch.add(x.to(dtype=torch.float64), torch.ones(6, dtype=own))
+        return wide, several, nested, asked, asked.to(own)
+
+    graph = check(net(forward, a=nn.Linear(6, 6)), picture())
+    assert graph.code.count("torch.float64") == 4
+    found = graph.float()(picture().float())
+    assert [each.dtype for each in found] == [torch.float64] * 3 + [torch.float32] * 2
 
 
 # -- in place, and aliases -------------------------------------------------------------------------
