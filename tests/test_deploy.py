@@ -10,6 +10,7 @@ import copy
 import io
 import pickle
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -345,6 +346,31 @@ def test_other_precisions(name, dtype, least):
         y = net(found.x.to(dtype))
     assert y.dtype == dtype
     close(y, found.y, least)
+
+
+class Wide(nn.Module):
+    """Squares in float32 whatever the precision, as language models normalise."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        own = x.dtype
+        wide = x.to(torch.float32)
+        x = (wide * torch.rsqrt(wide.square().sum(1, keepdim=True))).to(own)
+        return self.c(torch.relu(self.b(x)))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="places of calls are not known before")
+def test_steps_in_float32_do_not_overflow_in_float16():
+    torch.manual_seed(0)
+    pruned = fxprune.prune(Wide().eval(), torch.rand(2, 8), rate=0.5, mixing="all")
+    assert pruned.fxprune.report.channels[1] < pruned.fxprune.report.channels[0]
+    x = 1000 * torch.rand(3, 8)  # whose squares no float16 holds
+    with torch.no_grad():
+        close(copy.deepcopy(pruned).half()(x.half()), pruned(x), 0.01)
 
 
 @every
