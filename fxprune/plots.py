@@ -25,7 +25,7 @@ What = Literal["widths", "params", "macs", "scores"]
 
 # Of the palette of Okabe and Ito, which colour-blind people can tell apart.
 _AFTER, _GONE, _BEFORE = "#0072B2", "#E69F00", "#CBD2D9"
-_WIDE, _LONGEST = 9.0, 44  # inches; characters of a name
+_WIDE, _LONGEST = 9.0, 54  # inches; characters of a name
 _SMALL_SHARE = 0.005  # of the network: layers below it that do not multiply are joined
 _BINS = 40
 _TALL = 50  # bars, above which they are thinner, and the scale stands at both ends
@@ -142,24 +142,34 @@ def _draw(ax: Axes, bars: Sequence[tuple[str, Change]], *, per_cent: bool) -> No
     before, after = (np.array([change[i] for _, change in bars], float) for i in (0, 1))
     ax.barh(places, before, 0.8, color=_BEFORE, label="before")
     ax.barh(places, after, 0.8, color=_AFTER, label="after")
-    size, step = _fit(ax, len(bars))
-    names = [_short(name) for name, _ in bars]
-    ax.set_yticks([*places][::step], names[::step], fontsize=size)
-    ax.tick_params(axis="y", length=0)
+    _name(ax, bars, _left if per_cent else _narrowed)
     ax.set_ylim(len(bars) - 0.4, -0.6)
-    for place, (_, (old, new)) in list(enumerate(bars))[::step]:
-        text = (
-            f"{new / old:.0%}" if per_cent else f"{old:,} → {new:,}" if old != new else f"{old:,}"
-        )
-        ax.annotate(
-            text, (old, place), (3, 0), textcoords="offset points", va="center", fontsize=size,
-            color="#444444",
-        )  # fmt: skip
     ax.set_xlim(0, before.max() * 1.12)
     ax.xaxis.set_major_formatter(_engineering)
     ax.tick_params(axis="x", labelsize=8, top=len(bars) > _TALL, labeltop=len(bars) > _TALL)
     ax.grid(axis="x", color="#E3E6E9", linewidth=0.6)
     ax.set_axisbelow(True)
+
+
+def _name(ax: Axes, bars: Sequence[tuple[str, Change]], text: Callable[[Change], str]) -> None:
+    """Names before the bars, and figures behind them; in small axes not of all."""
+    size, step = _fit(ax, len(bars))
+    shown = list(enumerate(bars))[::step]
+    ax.set_yticks([place for place, _ in shown], [_short(n) for _, (n, _) in shown], fontsize=size)
+    ax.tick_params(axis="y", length=0)
+    how: Any = {"textcoords": "offset points", "va": "center", "color": "#444444"}
+    for place, (_, change) in shown:
+        ax.annotate(text(change), (change[0], place), (3, 0), fontsize=size, **how)
+
+
+def _left(change: Change) -> str:
+    before, after = change
+    return "<1%" if 0 < after < before / 100 else f"{after / before:.0%}"
+
+
+def _narrowed(change: Change) -> str:
+    before, after = change
+    return f"{before:,} → {after:,}" if after != before else f"{before:,}"
 
 
 def _fit(ax: Axes, rows: int) -> tuple[float, int]:
@@ -207,7 +217,9 @@ def _scores(report: Report, group: str | None, ax: Axes | None) -> Figure:
 def _edges(scores: Scores) -> list[float]:
     """The bounds of bins. The cut is one of them, so that no bin has both sides of it."""
     values, cut = scores.values, scores.cut
-    edges = np.histogram_bin_edges(values, min(_BINS, max(5, len(values) // 2)))
+    low, high = float(values.min()), float(values.max())
+    around = 0 if low < high else 0.1 * abs(low) or 0.5  # of scores that are all equal
+    edges = np.linspace(low - around, high + around, 1 + min(_BINS, max(5, len(values) // 2)))
     if cut is None:
         return edges.tolist()
     width = edges[1] - edges[0]

@@ -17,7 +17,7 @@ from torch import nn
 import fxprune
 from fxprune.errors import OptionError
 from fxprune.layers import LayerRow, Scores
-from fxprune.report import Report
+from fxprune.report import Report, Row
 
 
 class Net(nn.Module):
@@ -231,6 +231,26 @@ def test_the_cut_counts_what_went_where_constraints_choose_others():
     scores = Scores(np.array([1.0, 2.0, 3.0, 4.0]), np.array([False, True, False, True]))
     assert scores.cut == 2.5
     assert Scores(scores.values, np.ones(4, bool)).cut is None
+
+
+@pytest.mark.parametrize("value", [0.0, 0.002, -3.0])
+def test_equal_scores_are_drawn_close_by(value):
+    report = many(1)
+    report.groups.append(Row("a", 4, 2, 1))
+    report.scores[0] = Scores(np.full(4, value), np.array([False, True, False, True]))
+    figure = report.plot("scores", group="a")
+    assert bins(figure) == ({"2 removed": 2, "2 kept": 2}, value)
+    low, high = figure.axes[0].get_xlim()
+    assert high - low < max(abs(value), 2.5)
+
+
+def test_hardly_anything_left_is_not_nothing():
+    report = many(1)
+    report.layers[0] = LayerRow("a", (64, 1), (10_000, 9), (9, 0))
+    shown = [
+        [text.get_text() for text in report.plot(what).axes[0].texts] for what in ("params", "macs")
+    ]
+    assert shown == [["<1%"], ["0%"]]
 
 
 def test_plans_with_scores_give_them_back():
