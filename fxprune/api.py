@@ -8,6 +8,7 @@ from dataclasses import fields
 from itertools import zip_longest
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
@@ -23,7 +24,8 @@ from .heads import Heads
 from .ids import Layer, Value
 from .ignore import Ignore
 from .inputs import of_spec
-from .planning import make_plan
+from .layers import Scores, layer_rows
+from .planning import Made, make_plan
 from .plans import Plan
 from .pruned import Info, PrunedModule
 from .recipes import RecipeLike
@@ -125,9 +127,9 @@ def prune(
     check_finite(_weights(analysis))
     while True:
         _check_prunable(analysis)
-        made, kept = make_plan(analysis, chosen, watch)
+        made = make_plan(analysis, chosen, watch)
         try:
-            return _finish(analysis, made, kept, verify, watch)
+            return _finish(analysis, made, verify, watch)
         except RewriteError as error:
             _freeze_at(analysis, error)
 
@@ -253,7 +255,7 @@ def plan(
         _check_analysed(analysis, chosen)
     check_finite(_weights(analysis))
     _check_prunable(analysis)
-    return make_plan(analysis, chosen, silent, with_scores=scores)[0]
+    return make_plan(analysis, chosen, silent, with_scores=scores).plan
 
 
 def _check_analysed(analysis: Analysis, chosen: Settings) -> None:
@@ -283,7 +285,14 @@ def apply(
     """Write the network a plan describes. `PlanError` if the plan is for another model, or breaks
     the couplings of this one."""
     analysis = _analysis_for(model, plan, example_inputs)
-    return _finish(analysis, plan, kept_by_plan(analysis, plan), verify, watch)
+    made = Made(plan, kept_by_plan(analysis, plan), _scores_in(plan))
+    return _finish(analysis, made, verify, watch)
+
+
+def _scores_in(plan: Plan) -> dict[int, np.ndarray]:
+    """The scores that a plan holds, by group."""
+    found = ((i, group.scores) for i, group in enumerate(plan.groups))
+    return {i: np.asarray(scores) for i, scores in found if scores is not None}
 
 
 def _analysis_for(model: nn.Module, plan: Plan, example_inputs: Any) -> Analysis:
@@ -303,13 +312,12 @@ def _check_plan(plan: Any, tensors: Mapping[str, Tensor]) -> None:
     plan.check_fits(tensors)
 
 
-def _finish(
-    analysis: Analysis, plan: Plan, kept: Tensor, verify: Verify, watch: Watch
-) -> PrunedModule:
+def _finish(analysis: Analysis, made: Made, verify: Verify, watch: Watch) -> PrunedModule:
+    plan, kept = made.plan, made.kept
     write = narrow if analysis.recorded else rewrite
     pruned: Any = write(analysis.model, analysis.flow, kept, plan.kept)
     watch("rewrite", (analysis, plan), pruned)
-    info = Info(plan, _report(analysis, plan, kept, pruned))
+    info = Info(plan, _report(analysis, made, pruned))
     if analysis.recorded:
         pruned.fxprune = info
     else:
@@ -362,10 +370,14 @@ def verify(
     return _verified(analysis, plan, kept_by_plan(analysis, plan), pruned, True)
 
 
-def _report(analysis: Analysis, plan: Plan, kept: Tensor, pruned: nn.Module) -> Report:
-    groups, left = analysis.groups, _left(analysis, kept)
+def _report(analysis: Analysis, made: Made, pruned: nn.Module) -> Report:
+    plan, groups, left = made.plan, analysis.groups, _left(analysis, made.kept)
     planned = zip_longest(groups, left, (g.reason for g in plan.groups[: len(groups)]))
-    rows = [Row(g.name, len(g), stay, len(g.members), why or "") for g, stay, why in planned]
+    rows = [
+        Row(g.name, len(g), int(stay.sum()), len(g.members), why or "") for g, stay, why in planned
+    ]
+    layers = layer_rows(analysis, pruned, made.kept, plan.kept)
+    scores = {i: Scores(own, left[i]) for i, own in made.scores.items() if len(own) == len(left[i])}
     return Report(
         model=plan.model,
         recipe=plan.recipe,
@@ -377,22 +389,21 @@ def _report(analysis: Analysis, plan: Plan, kept: Tensor, pruned: nn.Module) -> 
         inputs=analysis.inputs.describe(),
         guessed=analysis.inputs.guessed,
         groups=rows,
+        layers=layers,
+        scores=scores,
         params=(_count(analysis.model), _count(pruned)),
-        macs=(analysis.macs(), analysis.macs(kept)),
+        macs=(analysis.macs(), analysis.macs(made.kept)),
         warnings=[*analysis.warnings, *plan.warnings],
         causes=analysis.causes() if analysis.share < _POOR else [],
     )
 
 
-def _left(analysis: Analysis, kept: Tensor) -> list[int]:
-    """How many channels of each group the mask of kept ids leaves."""
-    channel = torch.from_numpy(analysis.all_groups.channel)
-    stays = torch.ones(int(channel.max()) + 1, dtype=torch.bool)
-    stays[channel[~kept]] = False
-    groups = analysis.groups
-    return [
-        int(stays[torch.from_numpy(g.channels)].sum()) if g.prunable else len(g) for g in groups
-    ]
+def _left(analysis: Analysis, kept: Tensor) -> list[np.ndarray]:
+    """Which channels of each group the mask of kept ids leaves."""
+    channel, gone = analysis.all_groups.channel, ~kept.numpy()
+    stays = np.ones(int(channel.max()) + 1, bool)
+    stays[channel[gone]] = False
+    return [stays[g.channels] if g.prunable else np.ones(len(g), bool) for g in analysis.groups]
 
 
 def _count(module: nn.Module) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 
 from .flow import Flow
 from .ids import Value
-from .plans import Kept
+from .plans import Kept, kept_size
 from .widths import Widths
 
 
@@ -58,8 +58,7 @@ def macs(flow: Flow, batch: int, kept: Tensor | None = None) -> int:
 def _size(tensor: Tensor, kept: Mapping[int, Kept]) -> int:
     shape = list(tensor.shape)
     for dim, rows in kept.items():
-        first = rows[0] if rows else 0
-        shape[dim] = len(first) if isinstance(first, list) else len(rows)
+        shape[dim] = kept_size(rows, shape[dim])
     return math.prod(shape)
 
 

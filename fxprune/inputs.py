@@ -198,3 +198,36 @@ def random_like(
 
     args, kwargs = pytree.tree_map(fill, (inputs.args, inputs.kwargs))
     return Inputs(args, kwargs, inputs.guessed)
+
+
+def batched(inputs: Inputs, batch: int) -> Inputs:
+    """The inputs with another batch size: tensors along their first dim, lists of tensors as a
+    whole. Tensors whose first dim is not the batch stay."""
+    size = batch_of(inputs)
+
+    def repeat(value: Any) -> Any:
+        if not has_batch(value, size):
+            return value
+        places = [i % size for i in range(batch)]
+        return value[places] if isinstance(value, Tensor) else [value[i] for i in places]
+
+    args = tuple(map(repeat, inputs.args))
+    return Inputs(args, {key: repeat(value) for key, value in inputs.kwargs.items()})
+
+
+def batch_of(inputs: Inputs) -> int:
+    """The batch size: that of the first argument that has one; 0 where none has."""
+    values = [*inputs.args, *inputs.kwargs.values()]
+    return next((size for size in map(_first_dim, values) if size), 0)
+
+
+def has_batch(value: Any, size: int) -> bool:
+    """Whether an argument holds a batch of that size."""
+    return size > 0 and _first_dim(value) == size
+
+
+def _first_dim(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.shape[0] if value.ndim > 1 else 0
+    tensors = isinstance(value, list) and all(isinstance(each, Tensor) for each in value)
+    return len(value) if tensors else 0

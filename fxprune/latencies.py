@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .check import check_count, device_of, usable_device
 from .errors import InputError, ModelError, OptionError, first_line
-from .inputs import Inputs, candidates, given, of_spec, random_like
+from .inputs import Inputs, batched, candidates, given, of_spec, random_like
 
 Progress = Callable[[str, float], None]
 _BLOCK_S = 0.002  # a sample is as many calls as take so long: clocks are coarse
@@ -261,31 +261,8 @@ def _runner(name: str, model: nn.Module, inputs: Inputs, batch: int) -> _Runner:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     device = device_of(model)
     return _Runner(
-        name, model, random_like(_batched(inputs, batch), dtype=dtype, device=device), device
+        name, model, random_like(batched(inputs, batch), dtype=dtype, device=device), device
     )
-
-
-def _batched(inputs: Inputs, batch: int) -> Inputs:
-    """The inputs with another batch size: tensors along their first dim, lists of tensors as a
-    whole. Tensors whose first dim is not the batch stay."""
-    args, kwargs = inputs.args, inputs.kwargs
-    values = [*args, *kwargs.values()]
-    first = next((_batch_of(value) for value in values if _batch_of(value)), 0)
-
-    def repeat(value: Any) -> Any:
-        if not first or _batch_of(value) != first:
-            return value
-        places = [i % first for i in range(batch)]
-        return value[places] if isinstance(value, Tensor) else [value[i] for i in places]
-
-    return Inputs(tuple(map(repeat, args)), {k: repeat(v) for k, v in kwargs.items()})
-
-
-def _batch_of(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.shape[0] if value.ndim > 1 else 0
-    tensors = isinstance(value, list) and all(isinstance(each, Tensor) for each in value)
-    return len(value) if tensors else 0
 
 
 # -- measuring -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +24,18 @@ from .watch import Watch
 from .widths import Widths
 
 
+class Made(NamedTuple):
+    """A plan, the mask of kept ids it was written from, and the scores it was made by."""
+
+    plan: Plan
+    kept: Tensor
+    scores: Mapping[int, np.ndarray]
+
+
 def make_plan(
     analysis: Analysis, chosen: Settings, watch: Watch, *, with_scores: bool = False
-) -> tuple[Plan, Tensor]:
-    """The plan, and the mask of kept ids it was written from."""
+) -> Made:
+    """Score, select, and write down what stays; the plan holds the scores where asked to."""
     options = _bound_as(analysis, chosen)
     groups, criterion = analysis.all_groups, chosen.found
     keep = asked_widths(groups, options) if criterion.kind == "set" else None
@@ -39,7 +48,7 @@ def make_plan(
     kept = kept_ids(analysis, selection.kept)
     made = _write_plan(analysis, selection, kept, chosen, options, scores if with_scores else {})
     watch("select", (analysis, scores), made)
-    return made, kept
+    return Made(made, kept, scores)
 
 
 def _bound_as(analysis: Analysis, chosen: Settings) -> Options:

@@ -15,6 +15,14 @@ from .errors import PlanError
 Kept = list[int] | list[list[int]]
 
 
+def kept_size(kept: Kept | None, size: int) -> int:
+    """How many of `size` indices are kept, in each block where blocks keep different ones."""
+    if kept is None:
+        return size
+    first = kept[0] if kept else 0
+    return len(first) if isinstance(first, list) else len(kept)
+
+
 class GroupPlan(BaseModel):
     """What was decided for one group: how many channels it has, keeps, and why not fewer."""
 

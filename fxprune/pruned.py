@@ -30,7 +30,9 @@ class _Ref:
 
 
 class PrunedModule(fx.GraphModule):
-    """What `prune` returns. It copies, pickles and trains like any module."""
+    """What `prune` returns. It copies, pickles, scripts and trains like any module."""
+
+    __jit_unused_properties__ = (*fx.GraphModule.__jit_unused_properties__, "fxprune")
 
     @property
     def fxprune(self) -> Info:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
 
 from . import rendered
 from .causes import Cause
+from .layers import LayerRow, Scores
 from .verifier import Verification
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .plots import What
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class Row:
 class Report:
     """The result of a pruning. Parameters are counted once where tied; MACs (multiply-accumulates
     of convolutions and linear layers) are for one item of the batch. ``causes`` are the three
-    costliest ones of a network of which less than half of the channels could go."""
+    costliest ones of a network of which less than half of the channels could go. ``scores``: those
+    of each group that was scored, by its place in ``groups``."""
 
     model: str
     criterion: str
@@ -42,6 +52,8 @@ class Report:
     recipe: str = ""
     select_by: str = "rate"
     groups: list[Row] = field(default_factory=list)
+    layers: list[LayerRow] = field(default_factory=list)
+    scores: dict[int, Scores] = field(default_factory=dict)
     params: tuple[int, int] = (0, 0)
     macs: tuple[int, int] = (0, 0)
     warnings: list[str] = field(default_factory=list)
@@ -58,18 +70,41 @@ class Report:
         return [row for row in self.groups if row.reason]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain data."""
+        """The report as plain data, without the scores, which are many."""
         from dataclasses import asdict
 
-        return asdict(self)
+        data = asdict(replace(self, scores={}))
+        del data["scores"]
+        return data
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """The report as JSON."""
         return json.dumps(self.to_dict(), indent=indent)
 
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The report that `to_json` wrote; pydantic's `ValidationError` for any other text."""
+        return TypeAdapter(cls).validate_json(text)
+
     def to_markdown(self) -> str:
         """The report as Markdown, for a model card or a pull request."""
         return rendered.markdown(self)
+
+    def plot(
+        self, what: What = "widths", *, group: str | None = None, ax: Axes | None = None
+    ) -> Figure:
+        """A picture, as a matplotlib figure: ``report.plot("macs").savefig("macs.png")``.
+
+        what:  "widths", "params" or "macs" of each layer, before and after; or the "scores" of all
+               groups that lost channels, or of one `group`, with the cut.
+        ax:    axes to draw into; without them a figure that is large enough is made.
+
+        Raises `OptionError` where matplotlib is missing, or the scores are not known: a report has
+        them after `fxprune.prune`, and where the plan that was applied holds them.
+        """
+        from .plots import plot
+
+        return plot(self, what, group, ax)
 
     def _repr_html_(self) -> str:
         return rendered.html(self)

@@ -86,13 +86,13 @@ class _Replay:
     def answer(self, inputs: Sequence[torch.Tensor]) -> None:
         """Devices, and dtypes that were asked for, are those of inputs or parameters."""
         floats = [t for t in inputs if t.is_floating_point()]
-        nodes, asked = self.tracer.nodes, self.tracer.asked
+        asked = self.tracer.asked
         for tensor in (*floats[:1], *inputs[:1]):
-            asked.setdefault(torch.device("meta"), nodes[id(tensor)])
+            asked.setdefault(torch.device("meta"), tensor)
         for dtype in self.tracer.dtypes:
             for tensor in (*inputs, *self.tracer.original.parameters()):
                 if tensor.dtype == dtype and dtype not in asked:
-                    asked[dtype] = self.tracer.node_of(tensor)
+                    asked[dtype] = tensor
 
     def placeholders(self, inputs: Sequence[torch.Tensor]) -> list[Any]:
         model, given = self.tracer.original, iter(inputs)

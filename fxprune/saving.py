@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from .api import apply
@@ -214,7 +214,7 @@ def _rebuilt(
         )
     try:
         pruned = build(Network.model_validate_json(header[_NETWORK]), tensors)
-        report = TypeAdapter(Report).validate_json(header[_REPORT]) if _REPORT in header else None
+        report = Report.from_json(header[_REPORT]) if _REPORT in header else None
     except (Unsound, ValidationError, RecursionError) as error:
         raise SaveError(f"{path} is damaged: {_why(error)}", hint=_AGAIN) from None
     pruned.meta["fxprune"] = Info(plan, report)

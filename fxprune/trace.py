@@ -33,6 +33,7 @@ from .meta import evaluate, in_place, lightened, to_meta
 from .rules import Rules
 from .sizes import Traced, TracedFlag, TracedInt, TracedSize, plain
 from .trees import has_tensors, leaves, mapped
+from .written import names_dtype
 
 _OWN = str(Path(__file__).parent) + os.sep
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -176,7 +177,7 @@ class Tracer(TorchFunctionMode):
         self.kept: list[Any] = []  # keeps ids from being used again
         self.exprs: dict[Any, fx.Node] = {}
         self.standins: dict[int, torch.Tensor] = {}
-        self.asked: dict[Any, fx.Node] = {}  # dtype or device -> the node it was asked of
+        self.asked: dict[Any, torch.Tensor] = {}  # dtype or device -> what it was asked of
         self.tensor_constants: dict[str, torch.Tensor] = {}
         self.metas: dict[int, Any] = {}
         self.notes: list[tuple[str, Source | None]] = []  # what the graph does not hold, where
@@ -419,8 +420,8 @@ class Tracer(TorchFunctionMode):
         found = func(*args, **kwargs)
         if prop in ("__len__", "stride") and node is not None:
             self.note(SIZE)
-        if prop in ("dtype", "device") and node is not None:
-            self.asked[found] = node
+        if prop in ("dtype", "device") and (node is not None or id(tensor) in self.tensor_names):
+            self.asked[found] = tensor
         if isinstance(found, torch.Tensor):
             return self.record(getattr, "getattr", (tensor, prop), {}, found)
         return found
@@ -551,13 +552,15 @@ class Tracer(TorchFunctionMode):
             return slice(
                 self.nodes_of(value.start), self.nodes_of(value.stop), self.nodes_of(value.step)
             )
-        if isinstance(value, torch.device) and value.type == "meta" and value in self.asked:
+        if isinstance(value, torch.device) and value in self.asked:
             return self._attribute(self.asked[value], "device", value)
         if isinstance(value, torch.dtype) and value in self.asked:
-            return self._attribute(self.asked[value], "dtype", value)
+            written = names_dtype(_nearest_frame(), value)
+            return value if written else self._attribute(self.asked[value], "dtype", value)
         return value
 
-    def _attribute(self, node: fx.Node, name: str, value: Any) -> fx.Node:
+    def _attribute(self, tensor: torch.Tensor, name: str, value: Any) -> fx.Node:
+        node = self.node_of(tensor)
         if (node, name) not in self.exprs:
             made = self.create("call_function", getattr, (node, name), {})
             made.meta["val"] = value
@@ -814,13 +817,15 @@ def is_users(file: str) -> bool:
 
 def nearest_source() -> Source | None:
     """File, line and function of the nearest frame that is neither torch's nor ours."""
+    frame = _nearest_frame()
+    return frame and (frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+
+
+def _nearest_frame() -> types.FrameType | None:
     frame: types.FrameType | None = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_code.co_filename
-        if is_users(name):
-            return name, frame.f_lineno, frame.f_code.co_name
+    while frame is not None and not is_users(frame.f_code.co_filename):
         frame = frame.f_back
-    return None
+    return frame
 
 
 def describe(source: Source | None) -> str:

@@ -334,17 +334,52 @@ def test_no_verify_says_so_and_contradictions_are_refused(home):
     fx(f"prune net.py:Net {X} --no-verify --verify shapes", code=2)
 
 
-def test_onnx_computes_the_same(home):
+def onnx_outputs(file: str, x: torch.Tensor) -> torch.Tensor:
     import onnxruntime
 
-    fx(f"prune net.py:Net {X} --onnx small.onnx -o small")
-    x = torch.rand(1, 3, 8, 8)
-    session = onnxruntime.InferenceSession("small.onnx")
+    session = onnxruntime.InferenceSession(file)
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    return torch.from_numpy(got)
+
+
+def test_onnx_computes_the_same_for_any_batch(home):
+    done = fx(f"prune net.py:Net {X} --onnx small.onnx -o small")
+    assert "warning" not in done.stderr
     from net import Net
 
-    expected = fxprune.load("small", Net()).eval()(x)
-    assert torch.allclose(torch.from_numpy(got), expected, atol=1e-5)
+    small = fxprune.load("small", Net()).eval()
+    for x in (torch.rand(1, 3, 8, 8), torch.rand(5, 3, 8, 8)):
+        assert torch.allclose(onnx_outputs("small.onnx", x), small(x), atol=1e-5)
+
+
+def test_onnx_of_one_batch_size_says_so(home):
+    """The code itself holds the batch size."""
+    text = NET.replace("x.mean((2, 3))", "x.mean(3).view(2, 24, 8).mean(2)")
+    (home / "two.py").write_text(text)
+    done = fx("prune two.py:Net -i 2x3x8x8 --onnx two.onnx -o small")
+    told = " ".join(done.stderr.split())
+    assert "warning: the ONNX file takes 2x3x8x8 only, not any batch size: " in told
+    assert "Next steps" not in told and "_trace.py" not in told
+    from two import Net
+
+    x = torch.rand(2, 3, 8, 8)
+    assert torch.allclose(
+        onnx_outputs("two.onnx", x), fxprune.load("small", Net()).eval()(x), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("kind, starts", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_a_picture_of_the_widths(home, kind, starts):
+    done = fx(f"prune net.py:Net {X} --plot widths.{kind}")
+    assert f"plot: widths.{kind}" in done.stderr and "nothing was saved" not in done.stderr
+    assert Path(f"widths.{kind}").read_bytes().startswith(starts)
+
+
+def test_pictures_are_refused_before_the_work(home, monkeypatch):
+    fx(f"prune net.py:Net {X} --plot widths.txt", code=2)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    done = fx(f"prune net.py:Net {X} --plot widths.png", code=2)
+    assert "pip install 'fxprune[plot]'" in done.stderr and "forward runs" not in done.stdout
 
 
 def test_rules_of_ones_own_are_in_force(home):
@@ -389,6 +424,27 @@ def test_bench_measures_both_and_says_how_much_faster(home):
     assert [s["batch"] for s in found["speedups"]] == [1, 2]
     done = fx(f"bench net.py:Net net.py:Net {X} -b 1 --rounds 8 --threads 1")
     assert "times as fast" in done.stdout and "1 thread, torch" in done.stdout
+
+
+def test_bench_measures_as_networks_are_deployed(home, monkeypatch):
+    seen: list = []
+    real, compile = fxprune.latencies.latency, torch.compile
+
+    def look(networks, *rest, **how):
+        seen.extend(networks.values())
+        return real(networks, *rest, **how)
+
+    monkeypatch.setattr("fxprune.latencies.latency", look)
+    monkeypatch.setattr(torch, "compile", lambda net: compile(net, backend="aot_eager"))
+    bench = f"bench net.py:Net {X} -b 1 --rounds 8 --on cpu"
+    fx(f"{bench} --dtype bfloat16 --channels-last")
+    fx(f"{bench} --compile")
+    cast, compiled = seen[:2], seen[2:]
+    for net in cast:
+        weight = net.get_parameter("conv2.weight")
+        assert weight.dtype == torch.bfloat16
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert len(compiled) == 2 and all(hasattr(net, "_orig_mod") for net in compiled)
 
 
 def test_bench_takes_a_saved_network(home):

@@ -58,6 +58,19 @@ def test_demo_trains_prunes_and_fine_tunes(tmp_path):
     assert len(list((tmp_path / "dumps").glob("*.txt"))) >= 7
 
 
+def test_quantize_example_makes_both_networks_smaller(tmp_path):
+    """8 bits take about a quarter; the network that was pruned first stays the smallest."""
+    pytest.importorskip("torchao")
+    text = _run("quantize.py", "--epochs", 2, cwd=tmp_path)
+    names = ("dense ", "pruned ", "dense, 8 bits", "pruned, 8 bits")
+    accuracy, size = zip(*(_row(text, name)[:2] for name in names), strict=True)
+    assert min(accuracy) > 80
+    assert size[1] < 0.5 * size[0] and all(size[i + 2] < 0.3 * size[i] for i in (0, 1))
+    for name in names[2:]:
+        assert _row(text, name)[3] > 95  # of the images, both precisions read the same digit
+    assert "batch norms left in the graph of 8 bits: 0" in text
+
+
 def test_cifar_example_reads_weights_and_images(tmp_path):
     """On a data folder of the same layout, with noise for images and untrained weights."""
     _noise_data(tmp_path / "data")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import math
 import random
 import statistics
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +17,8 @@ from torch import nn
 
 import fxprune
 from fxprune.errors import InputError, ModelError, OptionError
-from fxprune.inputs import given
-from fxprune.latencies import Latency, _batched, median_interval, outliers
+from fxprune.inputs import batched, given
+from fxprune.latencies import Latency, median_interval, outliers
 
 
 class Sleeps(nn.Module):
@@ -178,13 +180,43 @@ def test_usual_inputs_are_tried_without_any():
     assert fxprune.latency(nn.Linear(5, 2), **QUICK).measured
 
 
+def test_networks_are_measured_as_they_are_deployed():
+    """Cast, laid out and compiled: each gets inputs of its dtype, the layout stays, and compiling
+    anew for a batch size is no part of what is measured."""
+    seen: list = []
+
+    class Looks(nn.Conv2d):
+        def forward(self, x):
+            if not torch.compiler.is_compiling():
+                last = x.is_contiguous(memory_format=torch.channels_last)
+                seen.append((x.dtype, last and not x.is_contiguous(), len(x)))
+            return super().forward(x)
+
+    plain = Looks(3, 8, 3)
+    last = copy.deepcopy(plain).to(memory_format=torch.channels_last).bfloat16()
+    compiled: Any = torch.compile(copy.deepcopy(plain), backend="aot_eager")
+    x = torch.rand(2, 3, 8, 8).to(memory_format=torch.channels_last)
+    networks = {"plain": plain, "bfloat16": last, "compiled": compiled}
+    found = fxprune.latency(networks, x, batch_sizes=(1, 3), rounds=8, budget_s=0.1)
+    assert set(seen) == {(t, True, n) for t in (torch.float32, torch.bfloat16) for n in (1, 3)}
+    assert [m.name for m in found.measured] == [*networks] * 2
+    assert all(m.median_ms < 100 for m in found.measured)
+
+
+def test_a_compiled_pruned_network_knows_its_inputs():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 5 * 5, 4))
+    pruned = fxprune.prune(model, torch.rand(2, 3, 7, 7), rate=0.5)
+    compiled: Any = torch.compile(pruned, backend="aot_eager")
+    assert fxprune.latency(compiled, **QUICK).measured
+
+
 def test_lists_of_images_are_repeated():
-    found = _batched(given(([torch.zeros(3, 4, 4), torch.ones(3, 5, 5)],)), 3)
+    found = batched(given(([torch.zeros(3, 4, 4), torch.ones(3, 5, 5)],)), 3)
     assert [tuple(t.shape) for t in found.args[0]] == [(3, 4, 4), (3, 5, 5), (3, 4, 4)]
 
 
 def test_tensors_beside_the_batch_stay():
-    found = _batched(given({"x": torch.zeros(2, 3), "table": torch.zeros(7, 3), "n": 5}), 4)
+    found = batched(given({"x": torch.zeros(2, 3), "table": torch.zeros(7, 3), "n": 5}), 4)
     assert found.kwargs["x"].shape == (4, 3) and found.kwargs["table"].shape == (7, 3)
 
 

@@ -225,7 +225,8 @@ def test_a_class_that_fails_shows_the_users_line_not_torchs(folder):
 def test_a_saved_folder_is_a_model(tmp_path):
     with pytest.raises(SaveError, match="there is no"):
         naming.model(str(tmp_path))
-    pruned = fxprune.prune(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)), torch.rand(1, 3, 8, 8))
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1))
+    pruned = fxprune.prune(model, torch.rand(1, 3, 8, 8))
     fxprune.save(pruned, tmp_path)
     assert naming.model(str(tmp_path)).get_submodule("0").out_channels == 4
     with pytest.raises(OptionError, match="takes no arguments"):

@@ -217,3 +217,33 @@ def test_any_damage_is_a_clear_error_or_harmless(saved):
         else:
             assert path.read_bytes() == good
     assert refused > 100
+
+
+class Masked(Net):
+    """A mask of floats and a table of integers that are not saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.tensor([0.0, -1.0] * 4), persistent=False)
+        self.register_buffer("turn", torch.arange(8).flip(0), persistent=False)
+
+    def forward(self, x):
+        return super().forward(x[..., self.turn] + self.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_buffers_that_are_not_saved_follow_the_precision(dtype, tmp_path):
+    """A network that was cast as a whole is loaded cast as a whole."""
+    pruned = fxprune.prune(Masked(), X, rate=0.5).eval().to(dtype)
+    fxprune.save(pruned, tmp_path)
+    again = fxprune.load(tmp_path, Masked()).eval()
+    assert again.mask.dtype == dtype and again.turn.dtype == torch.int64
+    assert torch.equal(again(X.to(dtype)), pruned(X.to(dtype)))
+
+
+def test_buffers_that_are_not_saved_stay_where_weights_differ(tmp_path):
+    """Some layers were cast and others not, which says nothing of a buffer."""
+    pruned = fxprune.prune(Masked(), X, rate=0.5)
+    pruned.head.half()
+    fxprune.save(pruned, tmp_path)
+    assert fxprune.load(tmp_path, Masked()).mask.dtype == torch.float32

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import inspect
 import operator
+import sys
 from typing import Any
 
 import numpy as np
@@ -507,6 +508,41 @@ def test_dtype_and_device_follow_the_input():
     graph = check(net(forward), picture())
     assert graph(picture().half()).dtype == torch.float16
     assert getattr in nodes(graph, "call_function")
+
+
+@pytest.mark.parametrize("of", ["weight", "bias"])
+def test_dtype_and_device_follow_the_weights(of):
+    """A weight may be asked before a layer reads it, and a network is cast after it was traced."""
+
+    def forward(self, x):
+        own = getattr(self.a, of)
+        y = torch.ones(6, device=own.device, dtype=own.dtype)
+        return self.a(x.to(device=own.device, dtype=own.dtype)) * y
+
+    graph = check(net(forward, a=nn.Linear(6, 6)), picture())
+    assert graph.half()(picture()).dtype == torch.float16
+    assert graph.to("meta")(picture().to("meta")).is_meta
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="places of calls are not known before")
+def test_dtypes_that_the_code_writes_stay():
+    """As norms and attention do: some steps in float32, the result in the input's precision."""
+
+    def forward(self, x):
+        own = x.dtype
+        wide = x.to(torch.float64)
+        asked = F.softmax(self.a(x), dim=-1, dtype=torch.float64).to(own)
+        several = torch.zeros(
+            6,
+            dtype=torch.float64,
+        )
+        nested = torch.add(x.to(dtype=torch.float64), torch.ones(6, dtype=own))
+        return wide, several, nested, asked, asked.to(own)
+
+    graph = check(net(forward, a=nn.Linear(6, 6)), picture())
+    assert graph.code.count("torch.float64") == 4
+    found = graph.float()(picture().float())
+    assert [each.dtype for each in found] == [torch.float64] * 3 + [torch.float32] * 2
 
 
 # -- in place, and aliases -------------------------------------------------------------------------

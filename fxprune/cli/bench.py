@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import RenderableType
 from rich.text import Text
 
 from . import tables
-from .command import Answer, command, option
+from .command import Answer, command, flag, option
 from .complete import complete_model
 from .options import Named, Pruning
 from .output import Output
@@ -81,6 +82,32 @@ class Measuring:
             rich_help_panel=_MEASURE,
         ),
     ] = 5.0
+    dtype: Annotated[
+        Literal["float32", "float64", "bfloat16", "float16"] | None,
+        option(
+            help="Cast both networks: float32, float64, bfloat16 or float16.",
+            default="as they are",
+            metavar="DTYPE",
+            rich_help_panel=_MEASURE,
+        ),
+    ] = None
+    channels_last: Annotated[
+        bool,
+        flag("--channels-last", help="Lay out both channels last.", rich_help_panel=_MEASURE),
+    ] = False
+    compile: Annotated[
+        bool,
+        flag(
+            "--compile",
+            help="Compile both with torch.compile, which is not counted.",
+            rich_help_panel=_MEASURE,
+        ),
+    ] = False
+
+    @property
+    def changes(self) -> bool:
+        """Whether networks are measured otherwise than they are."""
+        return self.dtype is not None or self.channels_last or self.compile
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -103,8 +130,9 @@ def bench(named: Named, measuring: Measuring, chosen: Pruning, output: Output) -
     model = named.load(output)
     example = named.example()
     other = _other(model, example, named, measuring, chosen, output)
+    both = {"before": model, "after": other}
     found = [
-        _latency({"before": model, "after": other}, example, measuring, device, output)
+        _latency(_deployed(both, measuring, device), example, measuring, device, output)
         for device in measuring.on or _devices()
     ]
     output.steps.close()
@@ -135,6 +163,23 @@ def _devices() -> list[str]:
     import torch
 
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def _deployed(networks: dict[str, Any], measuring: Measuring, device: str) -> dict[str, Any]:
+    """Copies as they would be deployed; the networks themselves where nothing is asked."""
+    if not measuring.changes:
+        return networks
+    import torch
+
+    from ..check import usable_device
+
+    def made(model: Any) -> Any:
+        how: Any = {"memory_format": torch.channels_last} if measuring.channels_last else {}
+        dtype = getattr(torch, measuring.dtype) if measuring.dtype else None
+        own = copy.deepcopy(model).eval().to(device=usable_device(device), dtype=dtype, **how)
+        return torch.compile(own) if measuring.compile else own
+
+    return {name: made(model) for name, model in networks.items()}
 
 
 def _latency(networks: Any, example: Any, measuring: Measuring, device: str, output: Output) -> Any:

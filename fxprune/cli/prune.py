@@ -14,7 +14,6 @@ from ..errors import OptionError
 from ..files import write_text
 from . import tables
 from .command import Answer, command, option, writable
-from .files import save_onnx
 from .options import Named, Pruning
 from .output import Output
 
@@ -51,7 +50,16 @@ class Files:
     onnx: Annotated[
         Path | None,
         option(
-            help="The pruned network as ONNX, for inputs of the example's shape.",
+            help="The pruned network as ONNX, for any batch size where that is possible.",
+            default="none",
+            metavar="FILE",
+            rich_help_panel=_FILES,
+        ),
+    ] = None
+    plot: Annotated[
+        Path | None,
+        option(
+            help="A picture of each layer's width, before and after: .png, .svg or .pdf.",
             default="none",
             metavar="FILE",
             rich_help_panel=_FILES,
@@ -60,14 +68,19 @@ class Files:
 
     def check(self) -> None:
         """Refuse what cannot be written before any work is done for it."""
-        for path, what in ((self.out, "folder"), (self.plan, "plan"), (self.onnx, "ONNX file")):
+        files = ((self.plan, "plan"), (self.onnx, "ONNX file"), (self.plot, "picture"))
+        for path, what in ((self.out, "folder"), *files):
             writable(path, what)
         if self.out is not None and self.out.is_file():
             raise OptionError(f"--out {self.out} is a file", hint="name a folder")
+        if self.plot is not None:
+            from .files import check_picture
+
+            check_picture(self.plot)
 
     @property
     def any(self) -> bool:
-        return any((self.out, self.plan, self.onnx))
+        return any((self.out, self.plan, self.onnx, self.plot))
 
 
 def register(app: typer.Typer, panel: str) -> None:
@@ -118,6 +131,8 @@ def _written(pruned: nn.Module, files: Files, output: Output) -> dict[str, Path]
     """Write what was asked for; what was written, by option."""
     import fxprune
 
+    from .files import save_onnx, save_picture
+
     info: Any = pruned.fxprune
     written: dict[str, Path] = {}
     if files.out is not None:
@@ -127,7 +142,9 @@ def _written(pruned: nn.Module, files: Files, output: Output) -> dict[str, Path]
         written["plan"] = write_text(files.plan, info.plan.to_json(indent=2))
     if files.onnx is not None:
         output.steps.at("export to ONNX")
-        written["onnx"] = save_onnx(pruned, files.onnx)
+        written["onnx"] = save_onnx(pruned, files.onnx, output.warn)
+    if files.plot is not None:
+        written["plot"] = save_picture(info.report, files.plot)
     return written
 
 
