@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .saving import load, save
     from .sparse import SparsityPenalty
     from .verifier import Verification
+    from .viewer import view
 
 _HOMES = {
     "Analysis": "analysis",
@@ -38,6 +39,7 @@ _HOMES = {
     "prune": "api",
     "save": "saving",
     "verify": "api",
+    "view": "viewer",
 }
 __all__ = [
     "Analysis",
@@ -62,6 +64,7 @@ __all__ = [
     "save",
     "sparse",
     "verify",
+    "view",
 ]
 
 

@@ -158,8 +158,10 @@ def _watches(watch: Watch, dump: str | os.PathLike[str] | None) -> Watch:
     if not folder and not debug:
         return watch
     from .dump import dump_to, log_at
+    from .viewer.data import record_to
 
-    extra = [dump_to(folder)] if folder else []
+    written = dump_to(folder) if folder else silent
+    extra = [record_to(folder), written] if folder else []  # times are without writing texts
     return together(watch, *extra, *([log_at(debug)] if debug else []))
 
 

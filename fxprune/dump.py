@@ -83,7 +83,7 @@ def _files(step: str, before: Any, after: Any) -> Iterator[tuple[str, str]]:
 def trace_text(model: nn.Module, graph: fx.GraphModule) -> str:
     """The graph, one node a line, with shapes and the source line each came from."""
     rows = [
-        [f"%{n.name}", _call(n, graph), _shapes(n.meta.get("val")), _source(n)]
+        [f"%{n.name}", _call(n, graph), shapes_text(n.meta.get("val")), _source(n)]
         for n in graph.graph.nodes
     ]
     calls = sum(n.op.startswith("call_") for n in graph.graph.nodes)
@@ -101,13 +101,13 @@ def _call(node: fx.Node, graph: fx.GraphModule) -> str:
     return _cut(call_text(node, graph), 72)
 
 
-def _shapes(value: Any) -> str:
+def shapes_text(value: Any) -> str:
     if isinstance(value, Tensor):
         return str(list(value.shape))
     if isinstance(value, (tuple, list)):
-        return f"({', '.join(map(_shapes, value))})"
+        return f"({', '.join(map(shapes_text, value))})"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_shapes(v)}' for key, v in value.items())}}}"
+        return f"{{{', '.join(f'{key}: {shapes_text(v)}' for key, v in value.items())}}}"
     return "" if value is None else str(value)
 
 
@@ -141,13 +141,13 @@ def _value_rows(flow: Flow, node: fx.Node) -> Iterator[Row]:
         rule = {"placeholder": "input", "get_attr": "parameter"}[node.op]
     for i, value in enumerate(values):
         name = f"%{node.name}" + (f"[{i}]" if len(values) > 1 else "")
-        layers = [_layer(layer) for layer in value.layers] or [value.param or "-"]
+        layers = [layer_text(layer) for layer in value.layers] or [value.param or "-"]
         yield [name, str(list(value.shape)), layers[0], rule if i == 0 else ""]
         for text in layers[1:]:
             yield ["", "", text, ""]
 
 
-def _layer(layer: Layer) -> str:
+def layer_text(layer: Layer) -> str:
     """``1: 9..16``: the dims along which ids vary, and the ids."""
     varying = layer.varying
     dims = ",".join(map(str, varying))
@@ -206,7 +206,7 @@ def groups_text(flow: Flow, groups: Groups) -> str:
     may, all_ = groups.prunable, groups.groups
     count = f"{sum(map(len, may))} of {sum(map(len, all_))} channels"
     head = f"{len(may)} of {len(all_)} groups may shrink, {count}"
-    bound = [_constraint_text(groups, c) for c in groups.constraints]
+    bound = [constraint_text(groups, c) for c in groups.constraints]
     pieces = [f"one stays of {_owner(groups, piece)}" for piece in groups.keep_one]
     notes = [
         "left of | stands what makes or carries the channels, right of it what reads them",
@@ -229,7 +229,7 @@ def _group_lines(group: Group, width: int) -> list[str]:
     return lines
 
 
-def _constraint_text(groups: Groups, constraint: Constraint) -> str:
+def constraint_text(groups: Groups, constraint: Constraint) -> str:
     rows, columns = constraint.rows.shape
     owner = _owner(groups, constraint.rows)
     return (
@@ -298,17 +298,22 @@ def select_text(before: tuple[Analysis, Any], plan: Plan) -> str:
 
 def _kept_of(group: Group, plan: Plan, analysis: Analysis) -> str:
     """The channels of a group that stay, counted within the group."""
+    kept = stays(group, plan, analysis)
+    return "all" if kept.all() else ranges(np.flatnonzero(kept).tolist())
+
+
+def stays(group: Group, plan: Plan, analysis: Analysis) -> np.ndarray:
+    """Which channels of a group stay by a plan."""
     member = group.members[0]
     kept = plan.kept.get(member.param, {}).get(member.dim)
     if kept is None:
-        return "all"
+        return np.ones(len(group), dtype=bool)
     slots = analysis.flow.ids.slots[member.param]
     width = next(s for s in slots if s.dim == member.dim).ids.shape[-1]
     flat = np.array(kept).reshape(-1)
     if member.blocks > 1:
         flat = np.concatenate([np.array(row) + b * width for b, row in enumerate(kept)])
-    stays = np.isin(member.positions.reshape(len(group), -1)[:, 0], flat)
-    return "all" if stays.all() else ranges(np.flatnonzero(stays).tolist())
+    return np.isin(member.positions.reshape(len(group), -1)[:, 0], flat)
 
 
 def _size(kept: Kept) -> int:
@@ -328,9 +333,9 @@ def rewrite_text(before: tuple[Analysis, Plan], pruned: nn.Module) -> str:
     """The new graph with its shapes, and its code; of a copy of a model, the new widths."""
     if not isinstance(pruned, PrunedModule):
         return _copy_text(before[0], pruned)
-    shapes = _new_shapes(before[0], pruned)
+    shapes = new_shapes(before[0], pruned)
     rows = [
-        [f"%{n.name}", _call(n, pruned), _shapes(shapes.get(n.name)), _source(n)]
+        [f"%{n.name}", _call(n, pruned), shapes_text(shapes.get(n.name)), _source(n)]
         for n in pruned.graph.nodes
     ]
     table = _table(["node", "call", "shape", "source"], rows)
@@ -340,8 +345,8 @@ def rewrite_text(before: tuple[Analysis, Plan], pruned: nn.Module) -> str:
 
 def _copy_text(analysis: Analysis, pruned: nn.Module) -> str:
     """A record has no graph that could be written anew: what changed are parameters."""
-    new = {name: _shapes(t) for name, t in tensors_of(pruned).items()}
-    old = {name: _shapes(t) for name, t in analysis.tensors.items()}
+    new = {name: shapes_text(t) for name, t in tensors_of(pruned).items()}
+    old = {name: shapes_text(t) for name, t in analysis.tensors.items()}
     rows = [[name, was, "->", new[name]] for name, was in old.items() if was != new[name]]
     head = (
         f"{type(pruned).__name__}: a copy of the model, {len(rows)} of {len(old)} tensors narrower"
@@ -361,7 +366,7 @@ class _Shapes(fx.Interpreter):
         return self.found[n.name]
 
 
-def _new_shapes(analysis: Analysis, pruned: fx.GraphModule) -> dict[str, Any]:
+def new_shapes(analysis: Analysis, pruned: fx.GraphModule) -> dict[str, Any]:
     inputs = [n.meta["val"] for n in analysis.graph.graph.nodes if n.op == "placeholder"]
     runner = _Shapes(pruned)
     try:
@@ -380,14 +385,14 @@ def verify_text(before: tuple[Analysis, Plan], pruned: nn.Module) -> str:
         info: Any = pruned.fxprune
         lines = str(info.report).splitlines()
         return _page(f"verified: {info.report.verification or 'no'}", lines)
-    shapes = _new_shapes(analysis, pruned)
+    shapes = new_shapes(analysis, pruned)
     old = {n.name: _line(n, analysis.graph) for n in analysis.graph.graph.nodes}
     new = {n.name: _line(n, pruned) for n in pruned.graph.nodes}
-    widths = {n.name: _shapes(n.meta.get("val")) for n in analysis.graph.graph.nodes}
+    widths = {n.name: shapes_text(n.meta.get("val")) for n in analysis.graph.graph.nodes}
     rows = [
         [new[name], was, "->", now]
         for name, was in widths.items()
-        if old[name] == new.get(name) and was != (now := _shapes(shapes.get(name)))
+        if old[name] == new.get(name) and was != (now := shapes_text(shapes.get(name)))
     ]
     diff = list(difflib.unified_diff([*old.values()], [*new.values()], lineterm="", n=0))[2:]
     changed = [f"{line[0]} {line[1:]}" for line in diff if not line.startswith("@@")]
@@ -415,8 +420,8 @@ def groups_dot(flow: Flow, groups: Groups) -> str:
         '  node [shape=box, style=filled, fontname="sans-serif", fontsize=10];',
     ]
     for node in flow.values:
-        label = [node.name, _kind(node, flow.graph), _shapes(node.meta.get("val"))]
-        layers = _layers(flow.values[node])
+        label = [node.name, kind_of(node, flow.graph), shapes_text(node.meta.get("val"))]
+        layers = layers_of(flow.values[node])
         group = _group_of(layers, groups, number)
         colour = "gray85" if layers else "white"  # frozen channels, or none
         if group is not None:
@@ -430,7 +435,7 @@ def groups_dot(flow: Flow, groups: Groups) -> str:
     return "\n".join([*lines, "}"])
 
 
-def _kind(node: fx.Node, graph: fx.GraphModule) -> str:
+def kind_of(node: fx.Node, graph: fx.GraphModule) -> str:
     if node.op == "call_module":
         return type(graph.get_submodule(str(node.target))).__name__
     if node.op in ("placeholder", "output"):
@@ -438,7 +443,7 @@ def _kind(node: fx.Node, graph: fx.GraphModule) -> str:
     return node.target if isinstance(node.target, str) else target_text(node.target)
 
 
-def _layers(value: Any) -> list[Layer]:
+def layers_of(value: Any) -> list[Layer]:
     leaves = pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, Value))
     return [layer for v in leaves if isinstance(v, Value) for layer in v.layers]
 

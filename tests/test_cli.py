@@ -70,7 +70,7 @@ my_scale:
 """
 X = "-i 1x3x8x8"
 LEAVES = [
-    "prune", "verify", "bench", "dump", "groups", "explain", "count", "criteria",
+    "prune", "verify", "bench", "dump", "groups", "explain", "count", "view", "criteria",
     "recipes", "recipes list", "recipes show", "rules list", "rules check", "rules probe",
 ]  # fmt: skip
 
@@ -81,6 +81,7 @@ def home(tmp_path, monkeypatch):
     (tmp_path / "net.py").write_text(NET)
     (tmp_path / "my_rules.yaml").write_text(RULES)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("webbrowser.open", lambda url: None)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr("fxprune.rules._current", fxprune.rules.current())
     yield tmp_path
@@ -207,7 +208,7 @@ def test_the_examples_of_all_helps_run(home):
         for line in examples(found):
             fx(line.removeprefix("fxprune "))
             done += 1
-    assert done >= 26
+    assert done >= 28
 
 
 def test_version_and_no_arguments():
@@ -340,6 +341,17 @@ def onnx_outputs(file: str, x: torch.Tensor) -> torch.Tensor:
     session = onnxruntime.InferenceSession(file)
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     return torch.from_numpy(got)
+
+
+def test_view_opens_the_page_of_the_steps(home, monkeypatch):
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    fx(f"prune net.py:Net {X} --view --dump steps")
+    assert len(opened) == 1 and opened[0].endswith("/steps/view.html")
+    assert "view: " in fx(f"prune net.py:Net {X} --view").stderr and len(opened) == 2
+    fx("view steps --no-open --out page.html")
+    assert len(opened) == 2 and (home / "page.html").is_file()
+    assert data("view steps --no-open")["page"] == "steps/view.html"
 
 
 def test_onnx_computes_the_same_for_any_batch(home):
@@ -580,6 +592,8 @@ def test_names_are_folded_not_cut():
         ("verify net.py:Net", 2, "verify takes a folder or --plan"),
         ("verify net.py:Net --plan no.json", 3, "the plan no.json cannot be read"),
         ("verify net.py:Net --plan net.py", 3, "not a plan"),
+        ("view nosuch", 3, "there is no folder nosuch"),
+        ("view .", 3, "holds no view.json"),
         ("rules check nosuch.yaml", 3, "nosuch.yaml cannot be read"),
     ],
 )

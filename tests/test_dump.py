@@ -35,6 +35,7 @@ FILES = [
     "06-rewrite.txt",
     "07-verify.txt",
     "groups.dot",
+    "view.json",
 ]
 
 
@@ -65,7 +66,7 @@ def test_dump_writes_these_files_and_no_others(dumped):
 
 
 def test_lines_of_tables_stay_readable(dumped):
-    for name in FILES[:-1]:
+    for name in FILES[:-2]:
         lines = (dumped / name).read_text(encoding="utf-8").splitlines()
         assert max(map(len, lines)) < 180, name
 

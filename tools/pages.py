@@ -281,7 +281,7 @@ def _prose(doc: str) -> str:
 
 
 def changes() -> str:
-    return (ROOT / "CHANGELOG.md").read_text()
+    return (ROOT / "CHANGELOG.md").read_text().replace("](docs/", "](../")
 
 
 if __name__ == "__main__":

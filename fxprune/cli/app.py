@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, look, names, prune, rules, verify
+from . import bench, look, names, prune, rules, verify, view
 from .command import EXIT_CODES
 
 app = typer.Typer(
@@ -54,6 +54,7 @@ prune.register(app, _PRUNE)
 verify.register(app, _PRUNE)
 bench.register(app, _PRUNE)
 look.register(app, _LOOK)
+view.register(app, _LOOK)
 names.register(app, _KNOWN)
 app.add_typer(rules.app, rich_help_panel=_KNOWN)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +14,10 @@ import typer
 from ..errors import OptionError
 from ..files import write_text
 from . import tables
-from .command import Answer, command, option, writable
+from .command import Answer, command, flag, option, writable
 from .options import Named, Pruning
 from .output import Output
+from .view import page_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +34,7 @@ class Files:
         option(
             "--out",
             "-o",
-            help="A folder for the pruned network: its weights and its plan.",
+            help="A folder for the pruned network: its weights, its plan and its source code.",
             default="none: only the report",
             metavar="FOLDER",
             rich_help_panel=_FILES,
@@ -65,6 +67,11 @@ class Files:
             rich_help_panel=_FILES,
         ),
     ] = None
+
+    view: Annotated[
+        bool,
+        flag("--view", help="Open a page of all steps in the browser.", rich_help_panel=_FILES),
+    ] = False
 
     def check(self) -> None:
         """Refuse what cannot be written before any work is done for it."""
@@ -110,10 +117,15 @@ def prune(named: Named, chosen: Pruning, files: Files, output: Output) -> Answer
     """
     files.check()
     options = chosen.given()
+    if files.view:
+        options.setdefault("dump", Path(tempfile.mkdtemp(prefix="fxprune-")))
     start = time.perf_counter()
     pruned = _pruned(named, options, output)
     seconds = time.perf_counter() - start
     written = _written(pruned, files, output)
+    if files.view:
+        output.steps.at("write the page")
+        written["view"] = page_of(options["dump"], None, opened=True)
     report = pruned.fxprune.report
     data = {"report": report.to_dict(), "files": _plain(written), "seconds": round(seconds, 3)}
     return Answer(data, tables.report(report), notes=_told(files, written, seconds))
@@ -174,7 +186,7 @@ def dump(named: Named, into: Into, chosen: Pruning, output: Output) -> Answer:
     """Prune, and write what every step did as text: the graph, the channels each value carries, the
     groups, the scores, the plan, the new graph, the difference.
 
-    Read the files in a pager, or compare two of them with diff.
+    Read the files in a pager, compare two of them with diff, or see them with `fxprune view`.
     """
     writable(into.folder, "folder")
     if chosen.dump not in (None, into.folder):
