@@ -15,7 +15,7 @@ JOBS ?= 2
 # Several test processes share the cores: one thread each.
 test check: export OMP_NUM_THREADS := 1
 
-.PHONY: demo test check format fuzz docs pages zoo zoo-all zoo-page bench wheel clean
+.PHONY: demo test check format fuzz fuzz-files docs pages zoo zoo-all zoo-page bench wheel clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,9 @@ format: $(VENV)/.dev
 
 fuzz: $(VENV)/.dev
 	$(BIN)/python benchmarks/fuzz.py --count $(N) --jobs $(JOBS)
+
+fuzz-files: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.fuzz_files --jobs $(JOBS)
 
 docs: $(VENV)/.dev
 	$(BIN)/zensical build --clean --strict

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, fx, nn
 
 from . import opnames, rules
+from .errors import first_line
 from .plain import Undescribed, Unsound, decoded, encoded, is_plain
 from .pruned import PrunedModule, assembled
 from .rules import Written
@@ -318,7 +319,11 @@ def build(network: Network, tensors: Mapping[str, Tensor]) -> PrunedModule:
         if hasattr(type(holder), own):
             raise Unsound(f"`{path}` is no value of a module")
         setattr(holder, own, decoded(value, {}))
-    return assembled(root, _graph(network, root), _identifier(network.name))
+    try:
+        return assembled(root, _graph(network, root), _identifier(network.name))
+    except (IndexError, KeyError, TypeError, ValueError, AssertionError, SyntaxError) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise Unsound(f"the graph cannot be written as code: {what}") from None
 
 
 def _holder(training: bool) -> nn.Module:
