@@ -108,7 +108,7 @@ def of_values(good: Any, random_: random.Random) -> Any:
         elif choice == 3:
             del home[key]
         elif choice == 4:
-            home[key] = _deep(home[key], random_.choice((1, 2, 60, 400)))
+            home[key] = _deep(home[key], random_.choice((1, 2, 60, 200)))
         elif isinstance(home, dict):
             home[random_.choice([*map(str, ODD[:20]), str(at)])] = home[key]
         else:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import criteria, errors, models, recipes, rules, sparse
+    from . import criteria, errors, hub, models, recipes, rules, sparse
     from .analysis import Analysis
     from .api import analyze, apply, count, plan, prune, verify
     from .criteria import criterion
     from .errors import FxpruneError
+    from .iterating import iterate
     from .latencies import Latency, latency
+    from .masks import from_masks
     from .plans import Plan
     from .saving import load, save
     from .sparse import SparsityPenalty
@@ -33,6 +35,8 @@ _HOMES = {
     "apply": "api",
     "count": "api",
     "criterion": "criteria",
+    "from_masks": "masks",
+    "iterate": "iterating",
     "latency": "latencies",
     "load": "saving",
     "plan": "api",
@@ -54,6 +58,9 @@ __all__ = [
     "criteria",
     "criterion",
     "errors",
+    "from_masks",
+    "hub",
+    "iterate",
     "latency",
     "load",
     "models",
@@ -74,7 +81,7 @@ def __getattr__(name: str):
 
     if name in _HOMES:
         found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    elif name in ("criteria", "errors", "models", "recipes", "rules", "sparse"):
+    elif name in ("criteria", "errors", "hub", "models", "recipes", "rules", "sparse"):
         found = importlib.import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module 'fxprune' has no attribute {name!r}")

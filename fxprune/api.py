@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from itertools import zip_longest
 from typing import Any, Literal
@@ -125,9 +125,21 @@ def prune(
     how: Any = {name: getattr(chosen, name) for name in _READ_BY}
     analysis = analyze(model, example_inputs, frontend=frontend, strict=strict, watch=watch, **how)
     check_finite(_weights(analysis))
+
+    def made() -> Made:
+        check_prunable(analysis)
+        return make_plan(analysis, chosen, watch)
+
+    return pruned_by(analysis, made, verify, watch)
+
+
+def pruned_by(
+    analysis: Analysis, make: Callable[[], Made], verify: Verify, watch: Watch
+) -> PrunedModule:
+    """The network of a plan that `make` makes. Where a channel turns out to be in the way of
+    writing it, it is frozen, and `make` is called again."""
     while True:
-        _check_prunable(analysis)
-        made = make_plan(analysis, chosen, watch)
+        made = make()
         try:
             return _finish(analysis, made, verify, watch)
         except RewriteError as error:
@@ -165,7 +177,7 @@ def _watches(watch: Watch, dump: str | os.PathLike[str] | None) -> Watch:
     return together(watch, *extra, *([log_at(debug)] if debug else []))
 
 
-def _check_prunable(analysis: Analysis) -> None:
+def check_prunable(analysis: Analysis) -> None:
     if any(group.prunable for group in analysis.groups):
         return
     why = [
@@ -256,7 +268,7 @@ def plan(
     if recipe is not None:
         _check_analysed(analysis, chosen)
     check_finite(_weights(analysis))
-    _check_prunable(analysis)
+    check_prunable(analysis)
     return make_plan(analysis, chosen, silent, with_scores=scores).plan
 
 

@@ -9,7 +9,8 @@ from collections.abc import Iterable
 class FxpruneError(Exception):
     """Base of every error fxprune raises on purpose.
 
-    ``fault`` is one line, whatever stood in a file that it names. ``details`` are (label, text) rows that say where the fault lies; ``hint`` says what to do.
+    ``fault`` is one line, whatever stood in a file that it names; ``details`` are (label, text)
+    rows that say where the fault lies; ``hint`` says what to do.
     """
 
     def __init__(self, fault: str, *, details: Iterable[tuple[str, str]] = (), hint: str = ""):

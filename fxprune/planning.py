@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -32,14 +32,22 @@ class Made(NamedTuple):
     scores: Mapping[int, np.ndarray]
 
 
+Scorer = Callable[[Options, Settings], dict[int, np.ndarray]]
+
+
 def make_plan(
-    analysis: Analysis, chosen: Settings, watch: Watch, *, with_scores: bool = False
+    analysis: Analysis,
+    chosen: Settings,
+    watch: Watch,
+    *,
+    with_scores: bool = False,
+    scorer: Scorer | None = None,
 ) -> Made:
-    """Score, select, and write down what stays; the plan holds the scores where asked to."""
+    """Score, select, and write down what stays; the plan holds the scores where asked to. A
+    `scorer` gives scores of another source than the network's own weights."""
     options = _bound_as(analysis, chosen)
-    groups, criterion = analysis.all_groups, chosen.found
-    keep = asked_widths(groups, options) if criterion.kind == "set" else None
-    scores = score(groups, analysis.tensors, criterion, reduce=chosen.reduce, keep=keep)
+    groups = analysis.all_groups
+    scores = scorer(options, chosen) if scorer else _scores(analysis, options, chosen)
     watch("score", analysis, scores)
     selection = select(groups, scores, options)
     if isinstance(chosen.squeeze, Squeeze):
@@ -49,6 +57,19 @@ def make_plan(
     made = _write_plan(analysis, selection, kept, chosen, options, scores if with_scores else {})
     watch("select", (analysis, scores), made)
     return Made(made, kept, scores)
+
+
+def plan_of(analysis: Analysis, selection: Selection, chosen: Settings) -> Made:
+    """The plan of a selection that was made by other means than scores."""
+    kept = kept_ids(analysis, selection.kept)
+    made = _write_plan(analysis, selection, kept, chosen, Options(rate=1.0), {})
+    return Made(made.model_copy(update={"rate": None}), kept, {})
+
+
+def _scores(analysis: Analysis, options: Options, chosen: Settings) -> dict[int, np.ndarray]:
+    groups, criterion = analysis.all_groups, chosen.found
+    keep = asked_widths(groups, options) if criterion.kind == "set" else None
+    return score(groups, analysis.tensors, criterion, reduce=chosen.reduce, keep=keep)
 
 
 def _bound_as(analysis: Analysis, chosen: Settings) -> Options:
@@ -95,7 +116,7 @@ def _write_plan(
         shapes=shapes,
         inputs=analysis.inputs.spec(),
         recipe=chosen.recipe,
-        criterion=str(chosen.found),
+        criterion=str(chosen.criterion),
         rate=options.rate,
         scope=options.scope,
         select_by=options.rule,

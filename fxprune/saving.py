@@ -98,6 +98,16 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> Any:
     return pruned
 
 
+def report_of(folder: str | os.PathLike[str]) -> Report | None:
+    """The report of a saved network, without building it; `SaveError` as in `load`."""
+    path = Path(folder) / WEIGHTS
+    header, _ = _read(path)
+    try:
+        return Report.from_json(header[_REPORT]) if _REPORT in header else None
+    except ValidationError as error:
+        raise SaveError(f"{path} is damaged: {_why(error)}", hint=_AGAIN) from None
+
+
 # -- what is saved ---------------------------------------------------------------------------------
 
 

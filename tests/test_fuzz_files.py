@@ -1,4 +1,4 @@
-"""Damaged and forged files are a clear error or a right result; `make fuzz-files` tries many more."""
+"""Damaged and forged files are a clear error or a right result; `make fuzz-files` tries more."""
 
 from __future__ import annotations
 

@@ -77,7 +77,8 @@ def test_declared_dependencies_are_what_the_package_imports(wheel):
 def _names(needed: Iterable[str]) -> set[str]:
     """What requirements are imported as."""
     found = {re.match(r"[\w-]+", text)[0].lower() for text in needed}
-    return {{"pyyaml": "yaml"}.get(name, name) for name in found}
+    own = {"pyyaml": "yaml", "huggingface-hub": "huggingface_hub"}
+    return {own.get(name, name) for name in found}
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:

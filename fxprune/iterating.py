@@ -1,0 +1,280 @@
+"""Pruning in several steps, with training of one's own between them.
+
+Every step chooses anew among the channels of the *original*: those that went before go again, and
+the others are scored by the weights that training gave them. So rates, floors, rounding and
+rankings over the whole network mean what they mean in one step, nothing drifts, and each step's
+plan can be applied to the original.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .analysis import Analysis
+from .api import analyze, apply, check_prunable
+from .check import check_count, tensors_of
+from .errors import ModelError, OptionError
+from .groups import Member
+from .planning import make_plan
+from .plans import Kept, Plan
+from .pruned import PrunedModule
+from .score import score
+from .select import Options, asked_widths
+from .settings import Settings, settings
+from .watch import silent
+
+Schedule = Literal["linear", "geometric"] | Callable[[float], float]
+_READ_BY = ("mixing", "scatter", "heads")
+
+
+def iterate(
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    steps: int = 5,
+    schedule: Schedule = "linear",
+    verify: bool | Literal["shapes"] = True,
+    frontend: Literal["symbolic", "export", "record"] | None = None,
+    strict: bool = False,
+    start: nn.Module | None = None,
+    recipe: Any = None,
+    **options: Any,
+) -> Iterator[PrunedModule]:
+    """Prune a little, train a little: ``for pruned in fxprune.iterate(model, x): train(pruned)``.
+
+    Each network is smaller than the one before and begins with its weights, as they are when the
+    loop goes on; train the network that was handed out, in place. The last one has the rate that
+    was asked of the original. ``pruned.fxprune.plan`` and the report are of the original, which is
+    not changed. Parameters are new ones at every step: make a new optimizer for each.
+
+    Args:
+        model: any `torch.nn.Module`.
+        example_inputs: as in `fxprune.prune`.
+        steps: how many networks are handed out.
+        schedule: how the rate grows: "linear", "geometric" (each step takes the same share of what
+            is left), or a function from the share of steps done, in (0, 1], to that of the rate.
+        verify: as in `fxprune.prune`, at every step.
+        frontend: as in `fxprune.prune`.
+        strict: as in `fxprune.prune`.
+        start: a network that an earlier loop handed out, trained or loaded since: the loop goes on
+            with the steps after it. `model` is the original, as in that loop.
+        recipe: as in `fxprune.prune`.
+        options: rate, criterion, scope and the others of `fxprune.prune` that choose channels.
+
+    Raises what `fxprune.prune` raises, and `ModelError` where a handed out network was changed in
+    other ways than by training. At the first step already, not when the loop begins.
+    """
+    check_count("steps", steps)
+    chosen = settings(recipe, options)
+    grows = _growth(schedule)
+    how: Any = {name: getattr(chosen, name) for name in _READ_BY}
+    analysis = analyze(model, example_inputs, frontend=frontend, strict=strict, **how)
+    check_prunable(analysis)
+    rates = [grows(k / steps, chosen) for k in range(1, steps + 1)]
+    if start is not None:
+        plan = _plan_of(start, analysis)
+        rates = [at for at in rates if at.rate > (plan.rate or 0.0) + 1e-9]
+    return _steps(analysis, rates, verify, start)
+
+
+def _plan_of(start: Any, analysis: Analysis) -> Plan:
+    plan = getattr(getattr(start, "fxprune", None), "plan", None)
+    if not isinstance(plan, Plan):
+        raise ModelError(
+            f"start is a {type(start).__name__}, and no pruned network",
+            hint="pass what fxprune.iterate handed out, or fxprune.load gave",
+        )
+    plan.check_fits(analysis.tensors)
+    return plan
+
+
+def _steps(
+    analysis: Analysis, rates: list[Settings], verify: Any, start: Any
+) -> Iterator[PrunedModule]:
+    whole, pruned = copy.deepcopy(analysis.model), start
+    for at in rates:
+        scored = None if pruned is None else _Trained(analysis, pruned)
+        made = make_plan(analysis, at, silent, scorer=scored)
+        if pruned is not None:
+            _put_back(whole, pruned, pruned.fxprune.plan)
+        pruned = apply(whole, made.plan, _example(analysis), verify=verify)
+        _report_of(pruned, at)
+        yield pruned
+
+
+def _example(analysis: Analysis) -> Any:
+    return analysis.inputs.kwargs or analysis.inputs.args
+
+
+def _report_of(pruned: Any, at: Settings) -> None:
+    report = pruned.fxprune.report
+    report.rate, report.criterion = at.rate, str(at.found)
+
+
+# -- schedules -------------------------------------------------------------------------------------
+
+
+def _growth(schedule: Schedule) -> Callable[[float, Settings], Settings]:
+    """The settings of a step, from the share of steps done."""
+    shapes: dict[str, Callable[[float, float], float]] = {
+        "linear": lambda done, rate: rate * done,
+        "geometric": lambda done, rate: 1 - (1 - rate) ** done,
+    }
+    if callable(schedule):
+        shape = lambda done, rate: rate * _share(schedule(done))  # noqa: E731
+    elif schedule in shapes:
+        shape = shapes[schedule]
+    else:
+        raise OptionError(
+            f"schedule={schedule!r} is not known",
+            details=[("known", ", ".join(shapes))],
+            hint="or a function from the share of steps done to that of the rate",
+        )
+
+    def grows(done: float, chosen: Settings) -> Settings:
+        rates = {pattern: shape(done, rate) for pattern, rate in chosen.rates.items()}
+        return replace(chosen, rate=shape(done, chosen.rate), rates=rates)
+
+    return grows
+
+
+def _share(value: Any) -> float:
+    if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise OptionError(f"schedule gives {value!r}", hint="a share of the rate, from 0 to 1")
+    return float(value)
+
+
+# -- scores of what is left ------------------------------------------------------------------------
+
+
+class _Trained:
+    """Scores of the original's channels: those of the trained network, and lower ones for what went
+    before."""
+
+    def __init__(self, analysis: Analysis, pruned: Any):
+        self.analysis, self.plan = analysis, pruned.fxprune.plan
+        how: Any = {name: getattr(analysis, name) for name in (*_READ_BY, "frontend")}
+        self.small = analyze(pruned, _example(analysis), **how)
+
+    def __call__(self, options: Options, chosen: Settings) -> dict[int, np.ndarray]:
+        places = list(self._places())
+        keep = None
+        if chosen.found.kind == "set":
+            widths = asked_widths(self.analysis.all_groups, options)
+            keep = {
+                i: _asked(widths, groups, i, self.small) for i, (groups, _) in enumerate(places)
+            }
+        groups, tensors = self.small.all_groups, self.small.tensors
+        found = score(groups, tensors, chosen.found, reduce=chosen.reduce, keep=keep)
+        scores = {
+            i: np.full(len(group), np.nan)
+            for i, group in enumerate(self.analysis.groups)
+            if group.prunable
+        }
+        for i, values in found.items():
+            for group, channel, value in zip(*places[i], values, strict=True):
+                if group in scores:
+                    scores[int(group)][channel] = value
+        return {i: _gone_first(values) for i, values in scores.items()}
+
+    def _places(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """For each group of the trained network, where its channels are in the original: the number
+        of the group, and that of the channel in it."""
+        owners: dict[tuple[str, int], dict[int, tuple[int, int]]] = {}
+        for i, group in enumerate(self.analysis.groups):
+            for member in group.members:
+                own = owners.setdefault((member.param, member.dim), {})
+                first = member.positions.reshape(len(group), -1)[:, 0].tolist()
+                own.update({at: (i, channel) for channel, at in enumerate(first)})
+        for group in self.small.groups:
+            member = group.members[0]
+            at = _before(member, len(group), self.plan, self.small)
+            found = [owners[member.param, member.dim][each] for each in at.tolist()]
+            yield np.array([i for i, _ in found]), np.array([c for _, c in found])
+
+
+def _before(member: Member, size: int, plan: Plan, small: Analysis) -> np.ndarray:
+    """Where a member's channels lay before the plan was applied."""
+    now = member.positions.reshape(size, -1)[:, 0]
+    kept = plan.kept.get(member.param, {}).get(member.dim)
+    if kept is None:
+        return now
+    if not isinstance(kept[0], list):
+        return np.asarray(kept)[now]
+    rows = np.asarray(kept)
+    width = plan.shapes[member.param][member.dim]
+    block, within = np.divmod(now, rows.shape[1])
+    return rows[block, within] + block * width
+
+
+def _asked(widths: Mapping[int, int], groups: np.ndarray, i: int, small: Analysis) -> int:
+    """How many channels a set criterion keeps of a group of the trained network."""
+    return min(widths[int(groups[0])], len(small.groups[i]))
+
+
+def _gone_first(values: np.ndarray) -> np.ndarray:
+    """Channels without a score went before: they go first again."""
+    gone = np.isnan(values)
+    low = np.nanmin(values) if not gone.all() else 0.0
+    return np.where(gone, low - abs(low) - 1.0, values)
+
+
+# -- weights of what is left -----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def _put_back(whole: nn.Module, pruned: nn.Module, plan: Plan) -> None:
+    """Put a trained network's tensors where they were in the original; what went is zero."""
+    target, found = tensors_of(whole), tensors_of(pruned)
+    for name, tensor in target.items():
+        if name not in found:
+            continue
+        kept = plan.kept.get(name, {})
+        if not kept and tensor.shape != found[name].shape:
+            raise ModelError(
+                f"{name} is {list(found[name].shape)} after training, and was {list(tensor.shape)}",
+                hint="train the network that was handed out, and leave its layers as they are",
+            )
+        tensor.copy_(_spread(found[name], tensor, kept) if kept else found[name])
+    for name, module in whole.named_modules():
+        if name in dict(pruned.named_modules()):
+            module.training = pruned.get_submodule(name).training
+
+
+def _spread(small: Tensor, like: Tensor, kept: Mapping[int, Kept]) -> Tensor:
+    """A narrow tensor at its places in one as wide as the original."""
+    made = torch.zeros_like(like)
+    flat = [list(range(size)) for size in like.shape]
+    nested: dict[int, Any] = {}
+    for dim, indices in kept.items():
+        if indices and isinstance(indices[0], list):
+            nested[dim] = indices
+        else:
+            flat[dim] = [i for i in indices if isinstance(i, int)]
+    if not nested:
+        made[_grid(flat, like)] = small.to(like)
+        return made
+    ((dim, blocks),) = nested.items()
+    tall = like.shape[0] // len(blocks)
+    rows = np.array(flat[0]) // tall
+    for block, columns in enumerate(blocks):
+        mine = np.flatnonzero(rows == block)
+        part = [*flat]
+        part[0], part[dim] = [flat[0][i] for i in mine], list(columns)
+        made[_grid(part, like)] = small[torch.as_tensor(mine, device=small.device)].to(like)
+    return made
+
+
+def _grid(indices: list[list[int]], like: Tensor) -> tuple[Tensor, ...]:
+    grids = torch.meshgrid(
+        *(torch.tensor(each, dtype=torch.long, device=like.device) for each in indices),
+        indexing="ij",
+    )
+    return tuple(grids)
