@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import Analysis
-from .api import analyze, apply, check_prunable
-from .check import check_count, tensors_of
+from .api import analyze, check_prunable, pruned_by
+from .check import check_count, check_model, tensors_of
 from .errors import ModelError, OptionError
 from .groups import Member
 from .planning import make_plan
@@ -72,10 +73,17 @@ def iterate(
     other ways than by training. At the first step already, not when the loop begins.
     """
     check_count("steps", steps)
-    chosen = settings(recipe, options)
+    check_model(model)
+    named: dict[str, Any] = {
+        option: _by_name(options[option], model)
+        for option in ("only", "ignore")
+        if option in options
+    }
+    chosen = settings(recipe, {**options, **named})
     grows = _growth(schedule)
     how: Any = {name: getattr(chosen, name) for name in _READ_BY}
-    analysis = analyze(model, example_inputs, frontend=frontend, strict=strict, **how)
+    whole = copy.deepcopy(model)  # it gets the trained weights
+    analysis = analyze(whole, example_inputs, frontend=frontend, strict=strict, **how)
     check_prunable(analysis)
     rates = [grows(k / steps, chosen) for k in range(1, steps + 1)]
     if start is not None:
@@ -98,24 +106,26 @@ def _plan_of(start: Any, analysis: Analysis) -> Plan:
 def _steps(
     analysis: Analysis, rates: list[Settings], verify: Any, start: Any
 ) -> Iterator[PrunedModule]:
-    whole, pruned = copy.deepcopy(analysis.model), start
+    pruned = start
     for at in rates:
-        scored = None if pruned is None else _Trained(analysis, pruned)
-        made = make_plan(analysis, at, silent, scorer=scored)
+        scorer = None if pruned is None else _Trained(analysis, pruned)
         if pruned is not None:
-            _put_back(whole, pruned, pruned.fxprune.plan)
-        pruned = apply(whole, made.plan, _example(analysis), verify=verify)
-        _report_of(pruned, at)
+            _put_back(analysis.model, pruned, pruned.fxprune.plan)
+        make = partial(make_plan, analysis, at, silent, scorer=scorer)
+        pruned = pruned_by(analysis, make, verify, silent)
         yield pruned
+
+
+def _by_name(given: Any, model: nn.Module) -> Any:
+    """Modules by their names, which those of a copy share."""
+    names = {id(module): name for name, module in model.named_modules()}
+    if isinstance(given, (str, nn.Module, type)):
+        return names.get(id(given), given)
+    return [names.get(id(each), each) for each in given]
 
 
 def _example(analysis: Analysis) -> Any:
     return analysis.inputs.kwargs or analysis.inputs.args
-
-
-def _report_of(pruned: Any, at: Settings) -> None:
-    report = pruned.fxprune.report
-    report.rate, report.criterion = at.rate, str(at.found)
 
 
 # -- schedules -------------------------------------------------------------------------------------
@@ -194,13 +204,13 @@ class _Trained:
                 first = member.positions.reshape(len(group), -1)[:, 0].tolist()
                 own.update({at: (i, channel) for channel, at in enumerate(first)})
         for group in self.small.groups:
-            member = group.members[0]
-            at = _before(member, len(group), self.plan, self.small)
+            member = next(m for m in group.members if (m.param, m.dim) in owners)
+            at = _before(member, len(group), self.plan)
             found = [owners[member.param, member.dim][each] for each in at.tolist()]
             yield np.array([i for i, _ in found]), np.array([c for _, c in found])
 
 
-def _before(member: Member, size: int, plan: Plan, small: Analysis) -> np.ndarray:
+def _before(member: Member, size: int, plan: Plan) -> np.ndarray:
     """Where a member's channels lay before the plan was applied."""
     now = member.positions.reshape(size, -1)[:, 0]
     kept = plan.kept.get(member.param, {}).get(member.dim)

@@ -53,13 +53,15 @@ def from_masks(
             at a constant: "keep" it, and say so in the report, or "drop" it, as if the bias and the
             norm were masked too. The network then computes something else than the masked one.
         verify: as in `fxprune.prune`.
-        how: mixing, scatter, heads, frontend and strict, as in `fxprune.analyze`.
+        how: mixing, scatter, heads, frontend and strict, as in `fxprune.analyze`. By default no
+            channel goes over which a norm takes statistics (``mixing="none"``): zeros count there.
 
     Raises `OptionError` for masks that fit no parameter, and what `fxprune.prune` raises, but
     for `NothingToPrune`: where no channel is switched off, all of them stay.
     """
     check_model(model)
     check_choice("constants", constants, ("keep", "drop"))
+    how.setdefault("mixing", "none")  # a norm over channels counts zeros too
     masked = _copied(model)
     _apply(masked, masks) if masks is not None else _settle(masked)
     analysis = analyze(masked, example_inputs, **how)

@@ -146,3 +146,47 @@ def test_custom_rule_frees_channels_that_were_frozen(tmp_path):
 def test_every_example_has_a_test(file):
     tests = Path(__file__).parent.glob("test_*.py")
     assert any(f'"{file.name}"' in test.read_text() for test in tests)
+
+
+def test_steps_beside_one_step(tmp_path):
+    """The same sizes, whichever way, and a dense network with the same training beside them."""
+    text = _run("iterative.py", "--steps", 2, "--epochs", 1, cwd=tmp_path)
+    dense, once, several = (_row(text, name) for name in ("dense", "in one step", "in 2 steps"))
+    assert once[1] == several[1] < 0.2 * dense[1]
+    assert dense[0] > 90
+
+
+def test_masks_example_gives_the_same_outputs(tmp_path):
+    text = _run("masks.py", cwd=tmp_path)
+    before, after = _numbers(text.splitlines()[0].split(";")[0])
+    assert after < 0.6 * before and float(text.split("differ by ")[1].split()[0]) < 1e-5
+    assert "sliced on cpu" in text
+
+
+def test_lightning_example_prunes_twice(tmp_path):
+    text = _run("lightning_callback.py", "--epochs", 5, cwd=tmp_path)
+    counts = [_numbers(line)[-1] for line in text.splitlines() if line.startswith("epoch")]
+    assert counts[1] > counts[2] == counts[3] > counts[4]
+
+
+@pytest.mark.parametrize("name", ["accelerate_train.py", "timm_train.py"])
+def test_examples_of_libraries_train_and_save(name, tmp_path):
+    text = _run(name, "--epochs", 2, cwd=tmp_path)
+    assert "saved in small" in text
+    assert fxprune.load(tmp_path / "small").fxprune.plan.removed > 0
+
+
+def test_ddp_ranks_choose_the_same_channels(tmp_path):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, *command, str(ROOT / "examples" / "ddp.py"), "--epochs", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for rank in range(2):
+        assert f"rank {rank}: same plan everywhere: True" in done.stdout
+    assert fxprune.load(tmp_path / "small").fxprune.plan.removed > 0

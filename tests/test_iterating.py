@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torchvision
+from strategies import draw_network
 from torch import nn
 from wild import WILD
 
@@ -57,6 +58,7 @@ OPTIONS = [
     {"round_to": 4},
     {"rates": {"inner": 0.25}, "ignore": ["grouped"]},
     {"scatter": True},
+    {"ignore": nn.Linear, "only": ["stem", "grouped"]},
 ]
 
 
@@ -132,6 +134,25 @@ def test_hard_networks(name):
         assert pruned.fxprune.report.verification.difference is not None
     once = fxprune.prune(case.build(), case.args(), rate=0.5, mixing=case.mixing)
     assert shapes(pruned) == shapes(once)
+
+
+def test_layers_named_by_the_module_itself():
+    model = Net()
+    *_, last = fxprune.iterate(model, X, rate=0.5, steps=2, ignore=[model.grouped])
+    assert last.grouped.out_channels == 24 and last.stem.out_channels == 10
+
+
+@pytest.mark.parametrize("seed", [3, 17, 29, 68, 92])
+def test_random_networks(seed):
+    """Every step is exact, and the last has the widths of one step."""
+    network = draw_network(seed)
+    model, x = network.build(), network.inputs()
+    for pruned in fxprune.iterate(model, x, rate=0.6, steps=3):
+        trained(pruned)
+    once = fxprune.prune(model, x, rate=0.6)
+    assert [g.kept for g in pruned.fxprune.plan.groups] == [
+        g.kept for g in once.fxprune.plan.groups
+    ]
 
 
 def test_a_recorded_network():

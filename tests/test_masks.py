@@ -128,6 +128,15 @@ def test_an_op_that_makes_something_of_zero_keeps_a_channel():
     assert pruned.stem.out_channels == 12 and same(settled(model), pruned)
 
 
+def test_zeros_count_in_a_norm_over_channels():
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 1, bias=False), nn.GroupNorm(1, 12, affine=False), nn.Conv2d(12, 4, 1)
+    )
+    prune.ln_structured(model[0], "weight", amount=5, n=2, dim=0)
+    pruned = fxprune.from_masks(model, X)
+    assert pruned.get_submodule("0").out_channels == 12 and same(settled(model), pruned)
+
+
 def test_other_masks_are_applied_for_good():
     model = Net()
     prune.random_unstructured(model.left, "weight", amount=0.6)
