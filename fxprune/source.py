@@ -78,6 +78,7 @@ def written(network: Network, shapes: dict[str, tuple[list[int], str]], about: s
     """The source of a network. `shapes` are the sizes and dtypes of its tensors, by name."""
     forward = _Forward(network)
     lines = [part for line in forward.lines() for part in _wrapped(line)]
+    lines = lines[1:] if lines[0] == "" else lines
     text = "\n".join([*_init(network, shapes), *lines])
     vision = "torchvision." in text
     return _PAGE.format(
