@@ -44,6 +44,8 @@ COMMANDS = (
     "verify MODEL --plan plan.json",
     "prune MODEL -o small",
     "verify MODEL small",
+    "view steps --no-open",
+    "count small",
     "bench MODEL --batch 1 --seconds 2",
 )
 RULES = """\

@@ -354,3 +354,35 @@ def test_hooks_and_foreign_layers_are_told(tmp_path):
     with pytest.raises(described.Undescribed, match="has hooks"):
         described.describe_network(pruned)
     assert saving._described(pruned)[0] is None
+
+
+# -- the zoo ---------------------------------------------------------------------------------------
+
+
+def families() -> list[str]:
+    """The smallest of every family of torchvision's that is pruned as a graph."""
+    from torchvision import models
+
+    kinds = (models, models.segmentation, models.video, models.quantization)
+    found: dict[str, str] = {}
+    for kind in kinds:
+        for name in models.list_models(module=kind):
+            found.setdefault(models.get_model_builder(name).__module__, name)
+    return list(found.values())
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", families())
+def test_networks_of_torchvision_come_back(name, tmp_path):
+    from torchvision import models
+
+    torch.manual_seed(0)
+    model = models.get_model(name, weights=None).eval()
+    video = "video" in type(model).__module__
+    x = torch.rand(1, 3, 8, 64, 64) if video else torch.rand(1, 3, 224, 224)
+    pruned = fxprune.prune(model, x, rate=0.5, verify=False)
+    fxprune.save(pruned, tmp_path)
+    again, own = fxprune.load(tmp_path), module(tmp_path / "model.py").load()
+    with torch.no_grad():
+        expected = leaves(pruned(x))
+        assert same(leaves(again(x)), expected) and same(leaves(own(x)), expected)
