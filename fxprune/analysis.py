@@ -20,7 +20,7 @@ from .frontends import WAYS, Frontend, traced
 from .groups import Group, Groups, groups
 from .heads import Heads
 from .ids import Freeze
-from .inputs import Inputs
+from .inputs import Inputs, of_spec
 from .trace import describe
 from .unsure import freeze_unsure
 from .watch import Watch, silent
@@ -151,7 +151,8 @@ def analyze(
     """Trace a model and find its channel groups. The model is not changed.
 
     `example_inputs` is a tensor, a tuple of forward's arguments, or a dict of keyword arguments;
-    the usual shapes are tried where it is missing. `mixing` says which ops may go on over fewer
+    where it is missing, a pruned network's own are taken, and else the usual shapes are tried.
+    `mixing` says which ops may go on over fewer
     channels although their statistics then differ from the masked network's: "norms"
     (normalisation layers), "all" (softmax, mean, max over channels too) or "none". With `scatter`,
     streams that are added up keep their width, and each branch may lose channels of its own: what
@@ -161,6 +162,7 @@ def analyze(
     raises `RuleError` on an op that no rule knows, instead of freezing what reaches it.
     """
     check_model(model)
+    example_inputs = _own_inputs(model) if example_inputs is None else example_inputs
     check_choice("mixing", mixing, ("norms", "all", "none"))
     check_choice("heads", heads, ("dims", "whole", "keep"))
     rules = rule_files.current()
@@ -186,6 +188,16 @@ def analyze(
         unsure.append("scatter needs a graph that can be written anew: streams are coupled instead")
     analysis.warnings = [*unsure, *_warnings(found, grouped)]
     return analysis
+
+
+def _own_inputs(model: Any) -> Any:
+    """Those that a pruned network was pruned with, where its plan knows them."""
+    plan = getattr(getattr(model, "fxprune", None), "plan", None)
+    spec = getattr(plan, "inputs", None)
+    if spec is None:
+        return None
+    inputs = of_spec(spec)
+    return inputs.kwargs or inputs.args
 
 
 def _refuse(found: Flow) -> None:

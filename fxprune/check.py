@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import keyword
 import numbers
@@ -191,3 +192,14 @@ def check_choice(name: str, value: Any, known: tuple[Any, ...]) -> None:
             details=[("known", ", ".join(choices))],
             hint=nearest(str(value), choices),
         )
+
+
+def clone(model: nn.Module) -> nn.Module:
+    """A deep copy; what is computed from parameters, as masked weights are, becomes a value."""
+    computed = {
+        id(value): value.detach().clone()
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    }
+    return copy.deepcopy(model, computed)

@@ -211,12 +211,18 @@ def _looks(layer: nn.Module, own: bool) -> Any:
     """All of a layer but the values of its tensors; with or without its parts."""
     modules = [layer] if own else layer.modules()
     settings = [
-        {k: v for k, v in vars(m).items() if is_plain(v) and k != "training"} for m in modules
+        {k: _tuples(v) for k, v in vars(m).items() if is_plain(v) and k != "training"}
+        for m in modules
     ]
     tensors = tensors_of(layer)
     return settings, {
         name: list(t.shape) for name, t in tensors.items() if not (own and "." in name)
     }
+
+
+def _tuples(value: Any) -> Any:
+    """Lists mean to a layer what tuples do."""
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -8,10 +8,10 @@ plan can be applied to the original.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .analysis import Analysis
 from .api import analyze, check_prunable, pruned_by
-from .check import check_count, check_model, tensors_of
+from .check import check_count, check_model, clone, tensors_of
 from .errors import ModelError, OptionError
 from .groups import Member
 from .planning import make_plan
@@ -33,6 +33,8 @@ from .watch import silent
 
 Schedule = Literal["linear", "geometric"] | Callable[[float], float]
 _READ_BY = ("mixing", "scatter", "heads")
+_AS_IT_IS = "train the network that was handed out, and leave its layers as they are"
+_OPTIONS = "rate, criterion, scope, ... as in fxprune.prune; dumps are of single prunings"
 
 
 def iterate(
@@ -79,13 +81,18 @@ def iterate(
         for option in ("only", "ignore")
         if option in options
     }
+    unknown = options.keys() - {each.name for each in fields(Settings)}
+    if unknown:
+        raise OptionError(f"iterate has no option `{min(unknown)}`", hint=_OPTIONS)
     chosen = settings(recipe, {**options, **named})
     grows = _growth(schedule)
     how: Any = {name: getattr(chosen, name) for name in _READ_BY}
-    whole = copy.deepcopy(model)  # it gets the trained weights
+    whole = clone(model)  # it gets the trained weights
     analysis = analyze(whole, example_inputs, frontend=frontend, strict=strict, **how)
     check_prunable(analysis)
     rates = [grows(k / steps, chosen) for k in range(1, steps + 1)]
+    if any(a.rate > b.rate for a, b in pairwise(rates)):
+        raise OptionError("schedule falls", hint="channels that went do not come back")
     if start is not None:
         plan = _plan_of(start, analysis)
         rates = [at for at in rates if at.rate > (plan.rate or 0.0) + 1e-9]
@@ -106,14 +113,23 @@ def _plan_of(start: Any, analysis: Analysis) -> Plan:
 def _steps(
     analysis: Analysis, rates: list[Settings], verify: Any, start: Any
 ) -> Iterator[PrunedModule]:
-    pruned = start
+    pruned, names = start, None
     for at in rates:
         scorer = None if pruned is None else _Trained(analysis, pruned)
         if pruned is not None:
+            _check_same(pruned, names)
             _put_back(analysis.model, pruned, pruned.fxprune.plan)
         make = partial(make_plan, analysis, at, silent, scorer=scorer)
         pruned = pruned_by(analysis, make, verify, silent)
+        names = set(tensors_of(pruned))
         yield pruned
+
+
+def _check_same(pruned: nn.Module, names: set[str] | None) -> None:
+    """A network that was handed out may be trained, and not be changed otherwise."""
+    changed = names ^ set(tensors_of(pruned)) if names is not None else ()
+    if changed:
+        raise ModelError(f"`{min(changed)}` came or went in training", hint=_AS_IT_IS)
 
 
 def _by_name(given: Any, model: nn.Module) -> Any:
@@ -204,7 +220,10 @@ class _Trained:
                 first = member.positions.reshape(len(group), -1)[:, 0].tolist()
                 own.update({at: (i, channel) for channel, at in enumerate(first)})
         for group in self.small.groups:
-            member = next(m for m in group.members if (m.param, m.dim) in owners)
+            known = [m for m in group.members if (m.param, m.dim) in owners]
+            if not known:
+                raise ModelError(f"the original has no {group.members[0].param}", hint=_AS_IT_IS)
+            member = known[0]
             at = _before(member, len(group), self.plan)
             found = [owners[member.param, member.dim][each] for each in at.tolist()]
             yield np.array([i for i, _ in found]), np.array([c for _, c in found])
@@ -233,7 +252,7 @@ def _gone_first(values: np.ndarray) -> np.ndarray:
     """Channels without a score went before: they go first again."""
     gone = np.isnan(values)
     low = np.nanmin(values) if not gone.all() else 0.0
-    return np.where(gone, low - abs(low) - 1.0, values)
+    return np.where(gone, 0.0 if low > 0 else low - 1.0, values)  # no share of a sum, where it can
 
 
 # -- weights of what is left -----------------------------------------------------------------------
@@ -250,7 +269,7 @@ def _put_back(whole: nn.Module, pruned: nn.Module, plan: Plan) -> None:
         if not kept and tensor.shape != found[name].shape:
             raise ModelError(
                 f"{name} is {list(found[name].shape)} after training, and was {list(tensor.shape)}",
-                hint="train the network that was handed out, and leave its layers as they are",
+                hint=_AS_IT_IS,
             )
         tensor.copy_(_spread(found[name], tensor, kept) if kept else found[name])
     for name, module in whole.named_modules():

@@ -8,7 +8,6 @@ normalisation behind it, may keep its channel alive at a constant.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from .analysis import Analysis
 from .api import analyze, pruned_by
-from .check import check_choice, check_model
+from .check import check_choice, check_model, clone
 from .errors import OptionError, nearest
 from .groups import Group, Member
 from .ids import Value
@@ -62,24 +61,13 @@ def from_masks(
     check_model(model)
     check_choice("constants", constants, ("keep", "drop"))
     how.setdefault("mixing", "none")  # a norm over channels counts zeros too
-    masked = _copied(model)
+    masked = clone(model)
     _apply(masked, masks) if masks is not None else _settle(masked)
     analysis = analyze(masked, example_inputs, **how)
     return pruned_by(analysis, lambda: _made(analysis, constants), verify, silent)
 
 
 # -- masks -----------------------------------------------------------------------------------------
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    """A deep copy; masked weights, which are computed, cannot be copied as they are."""
-    computed = {
-        id(value): value.detach().clone()
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    }
-    return copy.deepcopy(model, computed)
 
 
 def _settle(model: nn.Module) -> None:
@@ -93,15 +81,20 @@ def _settle(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+def _apply(model: nn.Module, masks: Any) -> None:
     known = dict(model.named_parameters(remove_duplicate=False))
+    if not isinstance(masks, Mapping):
+        kind = type(masks).__name__
+        raise OptionError(f"masks is a {kind}", hint='masks={"conv1.weight": mask}')
     for name, mask in masks.items():
         if name not in known:
             raise OptionError(f"there is no parameter `{name}`", hint=nearest(str(name), known))
         if not isinstance(mask, Tensor) or mask.shape != known[name].shape:
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise OptionError(f"the mask of `{name}` is {shape}, not {list(known[name].shape)}")
-        known[name].mul_(mask.to(known[name]) != 0)
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            raise OptionError(f"the mask of `{name}` holds more than 0 and 1")
+        known[name].mul_(mask.to(known[name]))
 
 
 # -- channels --------------------------------------------------------------------------------------

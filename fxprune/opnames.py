@@ -39,7 +39,7 @@ _METHODS = "torch.Tensor"
 _PLAIN = {
     builtins: "abs bool float getattr int len max min pow range round slice sum tuple".split(),
     math: "ceil floor log log2 prod sqrt".split(),
-    torch: "_assert".split(),
+    torch: "Size _assert".split(),
     collections: "OrderedDict".split(),
 }
 _ASKS = "H T device dtype imag is_cuda itemsize layout mH mT nbytes ndim real requires_grad shape"

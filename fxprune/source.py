@@ -305,7 +305,7 @@ def _function(target: str, args: list[str], kwargs: list[str]) -> str:
     """A call of a function, or the operator that means it."""
     space, _, word = target.rpartition(".")
     if space == "operator" and word in _INFIX and len(args) == 2:
-        return f"{_atom(args[0])} {_INFIX[word]} {_atom(args[1])}"
+        return f"{_operand(args[0])} {_INFIX[word]} {_operand(args[1])}"
     if space == "operator" and word in _FORMS:
         return _FORMS[word].format(_atom(args[0]), *args[1:])
     if target == "builtins.getattr":
@@ -375,8 +375,13 @@ _SAID: dict[str, Any] = {
 }
 
 
+def _operand(text: str) -> str:
+    """In brackets where another operator would take it apart."""
+    return f"({text})" if text.startswith("-") else text
+
+
 def _atom(text: str) -> str:
-    """In brackets where an operator would take it apart."""
+    """In brackets where a dot behind it would take it apart."""
     return f"({text})" if re.match(r"-|\d", text) else text
 
 

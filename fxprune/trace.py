@@ -815,6 +815,9 @@ def is_users(file: str) -> bool:
     return not file.startswith((_OWN, _TORCH, _NUMPY)) and file[0] != "<"
 
 
+_ENTRY = str(Path(__file__).with_name("analysis.py"))
+
+
 def nearest_source() -> Source | None:
     """File, line and function of the nearest frame that is neither torch's nor ours."""
     frame = _nearest_frame()
@@ -824,7 +827,8 @@ def nearest_source() -> Source | None:
 def _nearest_frame() -> types.FrameType | None:
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and not is_users(frame.f_code.co_filename):
-        frame = frame.f_back
+        # who asked for the analysis is no part of the model
+        frame = None if frame.f_code.co_filename == _ENTRY else frame.f_back
     return frame
 
 

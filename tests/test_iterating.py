@@ -9,6 +9,7 @@ import torch
 import torchvision
 from strategies import draw_network
 from torch import nn
+from torch.nn.utils import prune
 from wild import WILD
 
 import fxprune
@@ -195,10 +196,42 @@ def test_errors_come_with_the_call():
         fxprune.iterate(Net(), X, schedule="cubic")
     with pytest.raises(OptionError, match="schedule gives 3"):
         fxprune.iterate(Net(), X, schedule=lambda done: 3)
-    with pytest.raises(TypeError, match="unexpected"):
+    with pytest.raises(OptionError, match="no option `rat`"):
         fxprune.iterate(Net(), X, rat=0.5)
+    with pytest.raises(OptionError, match="schedule falls"):
+        fxprune.iterate(Net(), X, schedule=lambda done: 1 - done)
     with pytest.raises(NothingToPrune):
         fxprune.iterate(nn.Conv2d(3, 4, 1), X)
+
+
+def test_widths_never_grow_again():
+    """Not by a share of the summed scores either, of which channels that went have none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU(), nn.Conv2d(40, 28, 3), nn.Conv2d(28, 4, 1))
+    widths = []
+    for pruned in fxprune.iterate(model, X, rate=0.5, steps=4, select_by="cumulative"):
+        weight = trained(pruned).get_submodule("0").weight
+        assert bool(weight.flatten(1).any(1).all())  # no filter that went is there again
+        widths.append(weight.shape[0])
+    assert widths == sorted(widths, reverse=True) and widths[-1] < widths[0]
+
+
+def test_masked_models_are_pruned_in_steps():
+    model = Net()
+    prune.ln_structured(model.stem, "weight", amount=0.2, n=2, dim=0)
+    *_, last = fxprune.iterate(model, X, rate=0.5, steps=2)
+    assert last.fxprune.report.verification.difference < 1e-12
+
+
+def test_layers_put_in_or_taken_out_in_the_loop_are_refused():
+    for change in (
+        lambda net: prune.l1_unstructured(net.inner, "weight", amount=0.5),
+        lambda net: nn.utils.parametrizations.weight_norm(net.inner),
+    ):
+        steps = fxprune.iterate(Net(), X, rate=0.5, steps=2)
+        change(next(steps))
+        with pytest.raises(ModelError, match="came or went in training"):
+            next(steps)
 
 
 def test_another_network_is_refused():

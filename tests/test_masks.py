@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import fxprune
+from fxprune import check, masks
 from fxprune.errors import OptionError
 
 X = torch.rand(2, 3, 8, 8)
@@ -34,7 +35,7 @@ class Net(nn.Module):
 
 def outputs(model: nn.Module, x: torch.Tensor = X) -> torch.Tensor:
     with torch.no_grad():
-        return copy.deepcopy(fxprune.masks._copied(model)).double().eval()(x.double())
+        return copy.deepcopy(check.clone(model)).double().eval()(x.double())
 
 
 def same(masked: nn.Module, pruned: nn.Module, x: torch.Tensor = X) -> bool:
@@ -44,8 +45,8 @@ def same(masked: nn.Module, pruned: nn.Module, x: torch.Tensor = X) -> bool:
 
 
 def settled(model: nn.Module) -> nn.Module:
-    made = fxprune.masks._copied(model)
-    fxprune.masks._settle(made)
+    made = check.clone(model)
+    masks._settle(made)
     return made
 
 
@@ -154,12 +155,15 @@ def test_masks_of_ones_own():
     assert torch.equal(
         pruned.stem.weight, model.stem.weight[[i for i in range(12) if i not in (2, 5)]]
     )
-    for masks, told in [
+    for given, told in [
         ({"stem.wait": mask}, "no parameter"),
         ({"stem.weight": mask[:3]}, "not \\[12"),
+        ({"stem.weight": mask * 0.5}, "more than 0 and 1"),
+        ({"stem.weight": mask * float("nan")}, "more than 0 and 1"),
+        ([mask], "masks is a list"),
     ]:
         with pytest.raises(OptionError, match=told):
-            fxprune.from_masks(model, X, masks=masks)
+            fxprune.from_masks(model, X, masks=given)
 
 
 def test_blocks_keep_equal_counts_and_groups_keep_one():

@@ -117,6 +117,33 @@ def test_what_a_network_owns_comes_back(tmp_path):
     assert str(pruned.fxprune.report.heading()[0]) in (tmp_path / "model.py").read_text()
 
 
+def test_a_size_among_the_outputs(tmp_path):
+    class Sized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            x = self.b(self.a(x))
+            return x, x.shape, -x + 0 - -1
+
+    x = torch.rand(2, 3, 8, 8)
+    pruned = fxprune.prune(Sized(), x)
+    fxprune.save(pruned, tmp_path)
+    for found in (fxprune.load(tmp_path), module(tmp_path / "model.py").load()):
+        assert found(x)[1] == pruned(x)[1] and torch.equal(found(x)[2], pruned(x)[2])
+
+
+def test_a_saved_network_knows_its_inputs(tmp_path):
+    """And its nodes name no line of whoever asked for the analysis."""
+    fxprune.save(fxprune.prune(Gated(), torch.rand(2, 3, 10, 10)), tmp_path)
+    analysis = fxprune.analyze(fxprune.load(tmp_path))
+    assert analysis.inputs.describe() == "2x3x10x10"
+    assert all(node.meta.get("source") is None for node in analysis.graph.graph.nodes)
+    plain = fxprune.analyze(nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)))
+    assert all(node.meta.get("source") is None for node in plain.graph.graph.nodes)
+
+
 def test_a_loaded_network_is_like_any(tmp_path):
     """It trains, copies, is pruned again, and saved again."""
     x = torch.rand(2, 3, 8, 8)
@@ -377,9 +404,11 @@ def test_networks_of_torchvision_come_back(name, tmp_path):
     from torchvision import models
 
     torch.manual_seed(0)
-    model = models.get_model(name, weights=None).eval()
+    segments = "segmentation" in models.get_model_builder(name).__module__
+    backbone = {"weights_backbone": None} if segments else {}
+    model = models.get_model(name, weights=None, **backbone).eval()
     video = "video" in type(model).__module__
-    x = torch.rand(1, 3, 8, 64, 64) if video else torch.rand(1, 3, 224, 224)
+    x = torch.rand(1, 3, 16, 224, 224) if video else torch.rand(1, 3, 224, 224)
     pruned = fxprune.prune(model, x, rate=0.5, verify=False)
     fxprune.save(pruned, tmp_path)
     again, own = fxprune.load(tmp_path), module(tmp_path / "model.py").load()

@@ -156,13 +156,33 @@ def test_lanes_and_rows():
         ("[" * 5000, "cannot be read"),
         ("[]", "version"),
         ('{"version": 99}', "version"),
-        ('{"version": 1, "steps": 3}', "`steps` is missing"),
+        ('{"version": 1, "steps": 3}', "fxprune: Field required"),
     ],
 )
 def test_other_data_are_a_clear_error(text, told, tmp_path):
     (tmp_path / "view.json").write_text(text)
     with pytest.raises(SaveError, match=told):
         fxprune.view(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("nodes", 0), "x"), (("report",), "x"), (("nodes", 1, "shape"), None),
+        (("groups", 0, "size"), "12"), (("groups", 0, "scores", "low"), float("inf")),
+        (("steps", 0, "seconds"), "1"), (("nodes", 1, "inputs"), None),
+    ],
+)  # fmt: skip
+def test_wrong_types_inside_are_a_clear_error(path, value, data, tmp_path):
+    found = json.loads(json.dumps(data))
+    home = found
+    for key in path[:-1]:
+        home = home[key]
+    home[path[-1]] = value
+    (tmp_path / "view.json").write_text(json.dumps(found))
+    with pytest.raises(SaveError, match=r"is damaged: ") as told:
+        fxprune.view(tmp_path)
+    assert str(path[0]) in told.value.fault
 
 
 def test_no_dump_is_a_clear_error(tmp_path):
@@ -292,6 +312,8 @@ def test_everything_goes_without_a_mouse(page):
     page.press("ArrowDown")
     page.press("Enter")
     assert page.text("#details h2").startswith("%")
+    focused = "[...document.querySelectorAll('#list button')].indexOf(document.activeElement)"
+    assert page.tab.evaluate(focused) == 1  # where it was, though the list was drawn anew
 
 
 def test_every_step_and_list_says_something(page):

@@ -115,9 +115,14 @@ def _groups(data: dict[str, Any], flow: Flow, groups: Groups) -> str:
     for i, group in enumerate(groups.groups):
         owner[group.channels] = i
     data["groups"] = [_group(group) for group in groups.groups]
+    named = {found["id"]: found for found in data["nodes"]}
     for (node, values), found in zip(flow.values.items(), data["nodes"], strict=False):
         found["groups"] = _carried(values, groups, owner)
         found["frozen"] = _frozen_at(flow, node)
+    for i, group in enumerate(groups.groups):
+        made = {m.node.name for m in group.members if m.node and m.role == "out"}
+        for name in made & named.keys() if group.frozen else ():
+            named[name]["groups"] = named[name]["groups"] or [[i, len(group)]]
     for tie, source in _ties(flow, groups, owner):
         own = data["groups"][tie]["ties"]
         if source not in own and len(own) < _TIES:

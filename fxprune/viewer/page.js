@@ -160,10 +160,11 @@ function styles() {
 
 const graph = cytoscape({
   container: byId("graph"), elements: elements(), style: styles(), layout: { name: "preset" },
-  minZoom: 0.02, maxZoom: 3, autoungrabify: true, boxSelectionEnabled: false,
+  minZoom: 0.005, maxZoom: 3, autoungrabify: true, boxSelectionEnabled: false,
   hideEdgesOnViewport: data.nodes.length > 400, textureOnViewport: data.nodes.length > 400,
 });
 graph.on("tap", "node", (event) => choose("node", event.target.id()));
+graph.on("tap", () => byId("graph").focus({ preventScroll: true }));
 graph.on("tap", (event) => { if (event.target === graph) letGo(); });
 
 /** All of a small graph; of a large one its beginning, large enough to be read. */
@@ -274,6 +275,8 @@ function overview() {
   return [
     make("h2", {}, state.step), make("p", {}, about[state.step]),
     ...(step ? section("This time", make("p", {}, step.summary)) : []),
+    ...(!reached("verify") && step === data.steps.at(-1)
+      ? [make("p", { class: "warning" }, "The run ended here: the error that it raised says why.")] : []),
     ...toldAt(state.step),
   ];
 }
@@ -371,11 +374,18 @@ function histogram(scores, group) {
 
 // -- lists ------------------------------------------------------------------------------------------
 
+/** Draw into a place anew, with the focus where it was, by the number of the button. */
+function redrawn(holder, ...children) {
+  const here = [...holder.querySelectorAll("button")].indexOf(document.activeElement);
+  holder.replaceChildren(...children);
+  if (here >= 0) holder.querySelectorAll("button")[here]?.focus({ preventScroll: true });
+}
+
 function drawList() {
   const said = { Groups: groupRows, Layers: layerRows, Stays: stayRows, Report: reportRows }[state.tab]();
   const target = byId("list"), before = target.scrollTop;
   const rows = said.length ? said : [make("p", { class: "soft", style: "padding:8px" }, "Nothing yet at this step.")];
-  target.replaceChildren(...rows);
+  redrawn(target, ...rows);
   target.scrollTop = before;
 }
 
@@ -452,7 +462,7 @@ function drawHeader() {
 const timed = (seconds) => (seconds < 1 ? `${Math.max(Math.round(seconds * 1000), 1)} ms` : `${seconds.toFixed(1)} s`);
 
 function drawSteps() {
-  byId("steps").replaceChildren(...STEPS.map((name, i) => {
+  redrawn(byId("steps"), ...STEPS.map((name, i) => {
     const found = data.steps.find((each) => each.name === name);
     return make("button", {
       role: "tab", id: `step-${name}`, "aria-selected": String(name === state.step), disabled: found ? null : "",
@@ -463,7 +473,7 @@ function drawSteps() {
 }
 
 function drawTabs() {
-  byId("tabs").replaceChildren(...TABS.map((name) => make("button", {
+  redrawn(byId("tabs"), ...TABS.map((name) => make("button", {
     role: "tab", "aria-selected": String(name === state.tab), tabindex: name === state.tab ? 0 : -1,
     onclick: () => { state.tab = name; drawTabs(); drawList(); },
   }, name)));
@@ -577,6 +587,7 @@ document.addEventListener("keydown", (event) => {
   if (event.target.tagName === "INPUT" || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === "/") { byId("search").focus(); byId("search").select(); event.preventDefault(); }
   else if (event.key === "Escape") letGo();
+  else if (event.key in GRAPH_KEYS && event.key !== "Enter" && event.target !== byId("graph")) GRAPH_KEYS[event.key]();
   else if (/^[1-7]$/.test(event.key)) goTo(STEPS[event.key - 1]);
 });
 byId("nearer").addEventListener("click", GRAPH_KEYS["+"]);

@@ -8,6 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, FiniteFloat, ValidationError
+
 from ..errors import NamingError, SaveError, first_line, nearest
 from ..files import write_text
 
@@ -15,7 +17,76 @@ _HERE = Path(__file__).parent
 _NAME = "view.html"
 _DATA = "view.json"
 _VERSION = 1
-_KEYS = {"steps": list, "nodes": list, "groups": list, "layers": list, "constraints": list}
+
+
+class _Step(BaseModel):
+    name: str
+    seconds: float
+    summary: str
+
+
+class _Node(BaseModel):
+    id: str
+    kind: str
+    call: str
+    shape: str
+    source: str
+    inputs: list[str]
+    at: list[int]
+    groups: list[list[int]]
+    rule: str | None = None
+    unknown: str | None = None
+    ids: list[str] | None = None
+    frozen: list[str] | None = None
+    new_shape: str | None = None
+    new_call: str | None = None
+    added: list[str] | None = None
+
+
+class _Scores(BaseModel):
+    low: FiniteFloat
+    high: FiniteFloat
+    counts: list[int]
+    gone: list[int] | None = None
+    cut: FiniteFloat | None = None
+
+
+class _Group(BaseModel):
+    name: str
+    size: int
+    stays: str
+    stays_at: str
+    stays_source: str
+    members: list[list[str]]
+    ties: list[list[str]]
+    kept: int | None
+    reason: str
+    kept_channels: str | None = None
+    scores: _Scores | None = None
+
+
+class _Report(BaseModel):
+    title: str
+    inputs: str
+    channels: list[int]
+    params: list[int]
+    macs: list[int]
+    warnings: list[str]
+    causes: list[list[Any]]
+
+
+class _View(BaseModel):
+    """What ``view.json`` holds; data.py writes it."""
+
+    version: int
+    fxprune: str
+    model: str
+    steps: list[_Step]
+    nodes: list[_Node]
+    groups: list[_Group]
+    layers: list[list[Any]]
+    constraints: list[str]
+    report: _Report | None
 
 
 def view(folder: str | os.PathLike[str], out: str | os.PathLike[str] | None = None) -> Path:
@@ -36,7 +107,7 @@ def _read(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         near = nearest(str(folder), map(str, folder.parent.glob("*/")))
         what = f"{folder} holds no {_DATA}" if folder.is_dir() else f"there is no folder {folder}"
-        hint = "fxprune dump MODEL FOLDER writes one, and fxprune.prune(model, dump=FOLDER)"
+        hint = "fxprune dump MODEL FOLDER writes one"
         raise NamingError(what, hint=hint if folder.is_dir() else near or hint)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -45,9 +116,12 @@ def _read(folder: Path) -> dict[str, Any]:
     version = data.get("version") if isinstance(data, dict) else None
     if version != _VERSION:
         raise SaveError(f"{path} is not of this version of fxprune", hint=_AGAIN)
-    wrong = [key for key, kind in _KEYS.items() if not isinstance(data.get(key), kind)]
-    if wrong:
-        raise SaveError(f"{path} is damaged: `{wrong[0]}` is missing", hint=_AGAIN)
+    try:
+        _View.model_validate(data, strict=True)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise SaveError(f"{path} is damaged: {where}: {first['msg']}", hint=_AGAIN) from None
     return data
 
 
