@@ -156,7 +156,7 @@ class Steps:
     def _log(self) -> None:
         if self.output.verbose and self.name:
             seconds = time.perf_counter() - self.since
-            if seconds >= 0.001:
+            if self.name in STEPS or seconds >= 0.001:
                 self.output.err.print(Text(f"{seconds:7.2f} s  {self.name}", style="dim"))
 
     def _show(self, name: str, total: float | None) -> None:
