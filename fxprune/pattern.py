@@ -187,6 +187,17 @@ def bind(
     return _bind(pattern, plain, tuple(output), *given)
 
 
+def resized(
+    dims: Sequence[Sequence[tuple[str, ...]]], shapes: Sequence[Shape], sizes: Mapping[str, int]
+) -> dict[str, int]:
+    """The sizes of letters, laid out over `dims` as a `Binding` has them, for other shapes.
+
+    `sizes` gives those that shapes alone do not. Raises `RuleError` where they do not agree.
+    """
+    words = [" ".join("(" + " ".join(names) + ")" for names in each) for each in dims]
+    return _solve(list(zip(dims, shapes, strict=True)), dict(sizes), ", ".join(words))
+
+
 @lru_cache(maxsize=4096)
 def _bind(pattern: Pattern, shapes, output, sizes, ranks) -> Binding:
     counts = tuple(None if shape is None else len(shape) for shape in shapes)
@@ -259,7 +270,7 @@ def _product(names: Sequence[str], sizes: Mapping[str, int]) -> int:
     return math.prod(sizes.get(name, 1) for name in names)
 
 
-def _solve(pairs, sizes: dict[str, int], pattern: Pattern) -> dict[str, int]:
+def _solve(pairs, sizes: dict[str, int], pattern: Pattern | str) -> dict[str, int]:
     changed = True
     while changed:
         changed = False

@@ -87,6 +87,7 @@ class Rule(BaseModel):
     ``fixed``    letters of a size the op fixes
     ``mixes``    letters over which values are mixed; ``norm`` says the mixing is a normalisation
     ``scales``   the operand that holds one scale a channel
+    ``mean``, ``variance``  the operands that hold the statistics a normalisation was trained to
     ``adds``     operands that are added: where they are not zero, the result is not
     ``multiplies``  operands of which one zero makes the result zero (by default all that do not
                  add)
@@ -145,6 +146,8 @@ class Rule(BaseModel):
     spreads: bool = False
     keeps_dims: bool = False
     scales: str | None = None
+    mean: str | None = None
+    variance: str | None = None
     adds: tuple[str, ...] = ()
     multiplies: tuple[str, ...] = ()
     ignores: tuple[str, ...] = ()
@@ -240,7 +243,8 @@ def _check_letters(rule: Rule, dims: pattern.Pattern) -> None:
     for word in named:
         if word.lstrip("*") not in letters:
             raise RuleError(f"`{word}` is not a letter of `{dims}`", hint=nearest(word, letters))
-    for name in (*([rule.scales] if rule.scales else []), *rule.adds, *rule.multiplies):
+    single = [name for name in (rule.scales, rule.mean, rule.variance) if name]
+    for name in (*single, *rule.adds, *rule.multiplies):
         if name not in rule.operands:
             raise RuleError(f"`{name}` is not an operand", hint=nearest(name, rule.operands))
     for operand, name in zip(dims.inputs[1:], rule.operands[1:], strict=True):
