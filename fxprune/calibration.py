@@ -9,7 +9,7 @@ sums over items, so that the ranks of a process group add theirs up and choose t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from .check import clone, device_of
 from .errors import InputError, ModelError, OptionError, first_line
 from .groups import Group
 from .ids import Layer, Value
+from .linear import Linear, linear
 
 Loss = Callable[[Any, Any], Tensor]
 Progress = Callable[[str, float], None]
@@ -42,13 +43,15 @@ class Read:
     ``total``, ``square``, ``magnitude``, ``positive``   of the elements; the last counts them
     ``rank``       of each item's map, and ``maps`` how many there were (one number)
     ``gram``       (places + 1, places + 1) products of values at a position, the last one 1
-    ``steep``      squared gradients of the node's output, one number an index of its channel dim
+    ``steep``      squared gradients of the node's output, one number an index of the dim that the
+                   weight makes, summed over all others
     """
 
     node: fx.Node
     operand: fx.Node
     layer: Layer
     classes: np.ndarray
+    how: Linear | None = None
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value: Tensor) -> None:
@@ -73,10 +76,12 @@ class Read:
 @dataclass
 class Calibration:
     """What data said. ``gates``: "total", "magnitude" and "square" of the gradients by a channel's
-    gate, a number a channel number, summed over ``items``."""
+    gate, a number a channel number, summed over ``items``. ``gradients``: of each parameter, the
+    mean over items."""
 
     reads: list[Read]
     gates: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
     items: int = 0
 
     def of(self, group: Group) -> list[tuple[Read, np.ndarray]]:
@@ -87,6 +92,19 @@ class Calibration:
     def gate(self, name: str, group: Group) -> Tensor:
         """A mean over items for each channel of a group."""
         return self.gates[name][torch.from_numpy(group.channels)] / max(self.items, 1)
+
+    def slope(self, read: Read, param: str, weight: Tensor) -> Tensor:
+        """Mean squared gradient of what a weight makes, to broadcast over the weight: a mean over
+        items of the sum over positions."""
+        found = read.sums["steep"] / max(self.items, 1)
+        binding = read.how.use.binding if read.how else None
+        if binding is None or read.how is None:
+            return found.mean()
+        names = binding.output[read.how.out_dim]
+        dims = binding.inputs[read.how.weight] or ()
+        if names not in dims:
+            return found.mean()
+        return found.reshape([-1 if each == names else 1 for each in dims])
 
 
 def calibrate(
@@ -107,7 +125,7 @@ def calibrate(
             "criteria of data need a graph of the whole network, and this one was recorded",
             hint="take a criterion of weights: fxprune.criteria.names()",
         )
-    graph = clone(analysis.graph).eval().requires_grad_(False)
+    graph = clone(analysis.graph).eval().requires_grad_("gradients" in needs)
     found = Calibration(list(_reads(analysis, graph)))
     every = batches(data, device_of(analysis.model))
     for number, batch in enumerate(every):
@@ -115,6 +133,7 @@ def calibrate(
             progress("calibrate", number / len(every))
         _Watched(graph, found, needs, analysis.all_groups.channel, loss).measure(batch)
     _add_up(found)
+    found.gradients = {name: sums / found.items for name, sums in found.gradients.items()}
     return found
 
 
@@ -136,7 +155,9 @@ def _reads(analysis: Analysis, graph: fx.GraphModule) -> Iterator[Read]:
                 if (node, operand, number) in seen or not np.isin(classes, group.channels).any():
                     continue
                 seen.add((node, operand, number))
-                yield Read(nodes[node.name], nodes[operand.name], layer, classes)
+                use = flow.uses.get(node)
+                how = linear(use) if use is not None else None
+                yield Read(nodes[node.name], nodes[operand.name], layer, classes, how)
 
 
 def _contracted(analysis: Analysis, group: Group) -> list[tuple[fx.Node, fx.Node]]:
@@ -167,7 +188,7 @@ class _Watched(fx.Interpreter):
 
     def measure(self, batch: Batch) -> None:
         self.size = len(batch)
-        wants_gradients = "gates" in self.needs
+        wants_gradients = not self.needs.isdisjoint(("gates", "gradients"))
         given = arguments(self.module, batch)  # type: ignore[arg-type]
         try:
             with torch.set_grad_enabled(wants_gradients):
@@ -220,10 +241,11 @@ class _Watched(fx.Interpreter):
         """Square the gradient of what a node gives, an index of its channels at a time."""
 
         def seen(gradient: Tensor) -> None:
-            squares = (gradient * self.size).square().sum(0)  # of an item's loss, not of the mean
+            squares = (gradient * self.size).square()  # of an item's loss, not of the mean
             for read in reads:
-                if read.operand is not read.node:
-                    read.add("steep", squares)
+                if read.how is not None:
+                    rest = [d for d in range(gradient.ndim) if d != read.how.out_dim]
+                    read.add("steep", squares.sum(rest))
 
         if output.requires_grad and output.shape[0] == self.size:
             output.register_hook(seen)
@@ -235,7 +257,18 @@ class _Watched(fx.Interpreter):
             raise OptionError(f"loss gives {kind}", hint="a tensor of one number, a mean over items")
         if not loss.requires_grad:
             raise ModelError("the loss does not depend on any channel that could go")
-        found = torch.autograd.grad(loss, [gate for _, gate in self.gates], allow_unused=True)
+        params = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
+        wanted = [*(gate for _, gate in self.gates), *params.values()]
+        every = torch.autograd.grad(loss, wanted, allow_unused=True)
+        found, own = every[: len(self.gates)], every[len(self.gates) :]
+        for name, gradient in zip(params, own, strict=True):
+            if gradient is not None:
+                known = self.found.gradients.get(name, 0)
+                self.found.gradients[name] = known + gradient.double().cpu() * self.size
+        if self.gates:
+            self._add_gates(found)
+
+    def _add_gates(self, found: Sequence[Tensor | None]) -> None:
         slopes = torch.zeros(self.size, self.channels, dtype=torch.float64)
         for (read, _), gradient in zip(self.gates, found, strict=True):
             if gradient is not None:
@@ -298,6 +331,7 @@ def _add_up(found: Calibration) -> None:
         return
     found.items = int(_reduced(torch.tensor(float(found.items))))
     found.gates = {name: _reduced(sums) for name, sums in found.gates.items()}
+    found.gradients = {name: _reduced(sums) for name, sums in sorted(found.gradients.items())}
     for read in found.reads:
         read.sums = {name: _reduced(sums) for name, sums in sorted(read.sums.items())}
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .calibration import Calibration
 from .check import check_choice
 from .criteria import Criterion, Slices
 from .errors import CriterionError
@@ -31,11 +32,13 @@ def score(
     *,
     reduce: Reduce = "mean",
     keep: Mapping[int, int] | None = None,
+    calibration: Calibration | None = None,
 ) -> dict[int, np.ndarray]:
     """Scores of each prunable group, by its place in ``groups.groups``; float64, higher stays.
 
     `tensors` are the model's parameters and buffers by name; `reduce` joins the scores of coupled
     layers. A set criterion is asked for ``keep[i]`` channels of group i: those score 1, others 0.
+    `calibration` is what data said, for criteria that need it.
     Raises `CriterionError` where the criterion does not give one finite number a channel, or not
     the channels it was asked for.
     """
@@ -45,7 +48,8 @@ def score(
     with torch.no_grad():
         for i, group in enumerate(groups.groups):
             if group.prunable:
-                slices, count = Slices(group, tensors), (keep or {}).get(i, len(group))
+                slices = Slices(group, tensors, calibration)
+                count = (keep or {}).get(i, len(group))
                 chosen = criterion.kind == "set"
                 found[i] = (
                     _as_scores(slices, criterion, count)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,6 +43,7 @@ class Criterion:
     function: Function
     kind: Kind = "score"
     options: Mapping[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
 
     def __call__(self, group: Slices, *count: int) -> Any:
         return self.function(group, *count, **self.options)
@@ -57,11 +58,21 @@ CriterionLike = str | Mapping[str, Any] | Function | Criterion
 _known: dict[str, Criterion] = {}
 
 
-def criterion(name: str, *, kind: Kind = "score") -> Callable[[Function], Function]:
+NEEDS = ("gates", "gradients", "values", "ranks", "grams")
+
+
+def criterion(
+    name: str, *, kind: Kind = "score", needs: Sequence[str] = ()
+) -> Callable[[Function], Function]:
     """Register a function as a criterion: ``@fxprune.criterion("name")``.
 
-    A function of ``kind="set"`` takes the group and the number of channels to keep.
+    A function of ``kind="set"`` takes the group and the number of channels to keep. `needs` says
+    what of data it reads: "gates" and "gradients" (of a loss), "values", "ranks", "grams" (of
+    activations); see `fxprune.criteria.Slices`.
     """
+    unknown = [each for each in needs if each not in NEEDS]
+    if isinstance(needs, str) or unknown:
+        raise OptionError(f"needs={needs!r} is not known", hint=f"a tuple of {', '.join(NEEDS)}")
     if kind not in ("score", "set"):
         raise OptionError(f"kind={kind!r} is not known", hint='"score" or "set"')
 
@@ -70,7 +81,7 @@ def criterion(name: str, *, kind: Kind = "score") -> Callable[[Function], Functi
         own = function.__module__.startswith(f"{__name__}.")
         if shipped is not None and shipped.function.__module__.startswith(__name__) and not own:
             raise OptionError(f"criterion `{name}` ships with fxprune", hint="choose another name")
-        _known[name] = Criterion(name, function, kind)
+        _known[name] = Criterion(name, function, kind, needs=tuple(needs))
         return function
 
     return register
@@ -115,7 +126,7 @@ def _with_options(given: Mapping[str, Any]) -> Criterion:
                 hint=nearest(str(key), known),
             )
     options = {key: _checked(found.name, key, known[key], options[key]) for key in options}
-    return Criterion(found.name, found.function, found.kind, options)
+    return Criterion(found.name, found.function, found.kind, options, found.needs)
 
 
 def _options(found: Criterion) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def _checked(name: str, key: str, hint: Any, value: Any) -> Any:
 
 def names() -> list[str]:
     """The names of all criteria."""
-    from . import fits, magnitude, shares, sparsities  # noqa: F401
+    from . import fits, magnitude, measured, shares, sparsities  # noqa: F401
 
     return sorted(_known)
 

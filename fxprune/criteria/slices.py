@@ -6,23 +6,30 @@ import zlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import OptionError
 from ..groups import Group, Member
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration, Read
 
 
 @dataclass(frozen=True)
 class Slices:
     """A group's slices, always with the channel axis first.
 
-    ``tensors`` holds the model's parameters and buffers by name.
+    ``tensors`` holds the model's parameters and buffers by name, ``calibration`` what data said,
+    for criteria that need it.
     """
 
     group: Group
     tensors: Mapping[str, Tensor]
+    calibration: Calibration | None = None
 
     def __len__(self) -> int:
         return len(self.group)
@@ -83,6 +90,56 @@ class Slices:
     def consumers(self) -> list[Tensor]:
         """(channels, weights) of each layer that reads these channels."""
         return [self.of(m) for m in self._members("in") if self.tensors[m.param].ndim > 1]
+
+    # -- what data said --------------------------------------------------------------------------
+
+    @property
+    def measured(self) -> Calibration:
+        """What data said; `OptionError` without data."""
+        if self.calibration is None:
+            raise OptionError(
+                "the criterion needs data", hint="pass data=batches, and needs=(...) to register it"
+            )
+        return self.calibration
+
+    def gate(self, name: str) -> Tensor:
+        """(channels,) means over items of the loss's gradients by a gate on each channel: "total",
+        "magnitude" or "square" (needs "gates")."""
+        return self.measured.gate(name, self.group)
+
+    @property
+    def reads(self) -> list[tuple[Read, np.ndarray]]:
+        """Where layers read these channels, with the places of the channels there; see
+        `fxprune.calibration.Read` for what was summed up (needs "values", "ranks" or "grams")."""
+        return self.measured.of(self.group)
+
+    def gradient_products(self, role: str) -> list[Tensor]:
+        """(channels,) for each weight of a role, "out", "in" or "scale": |sum of weights times
+        their gradients| (needs "gradients")."""
+        known = self.measured.gradients
+        found = []
+        for member in self._members(role):
+            if member.param in known:
+                products = self.tensors[member.param].detach().double().cpu() * known[member.param]
+                sliced = Slices(self.group, {member.param: products}).of(member)
+                found.append(sliced.reshape(len(self), -1).sum(1).abs())
+        return found
+
+    def reader(self, read: Read) -> Member | None:
+        """The weight by which a read's node contracts these channels."""
+        name = read.node.name
+        own = [m for m in self._members("in") if m.node is not None and m.node.name == name]
+        return next((m for m in own if self.tensors[m.param].ndim > 1), None)
+
+    def weights_of(self, read: Read, sloped: bool = False) -> Tensor:
+        """(channels, elements) of the weight that reads these channels, float64; with `sloped` each
+        output's part times the root of its mean squared gradient."""
+        member = self.reader(read)
+        assert member is not None
+        weight = self.tensors[member.param].detach().double().cpu()
+        if sloped:
+            weight = weight * self.measured.slope(read, member.param, weight).sqrt()
+        return Slices(self.group, {member.param: weight}).of(member)
 
     def _members(self, role: str) -> list[Member]:
         return [m for m in self.group.members if m.role == role]
