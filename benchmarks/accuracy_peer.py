@@ -35,7 +35,8 @@ class Way:
 
 
 def ways(kept: Sequence[str] = ()) -> dict[str, Way]:
-    """All ways, of the whole network and, where layers to keep are named, of the rest alone."""
+    """All ways, of the whole network and, where layers to keep are named, of the rest alone: those
+    are the layers whose channels Torch-Pruning loses count of, so that each way is at its best."""
     parts: dict[str, tuple[str, ...]] = {"whole": ()}
     if kept:
         parts["inner"] = tuple(kept)
@@ -155,7 +156,7 @@ def ignored(model: nn.Module, kept: Sequence[str]) -> list[nn.Module]:
     return [*named, layers[-1][1]]
 
 
-def corrected(model: nn.Module) -> nn.Module:
+def corrected(model: Any) -> nn.Module:
     """With the width that a forward reads from an attribute, which users are told to set by hand
     (torchcrepe's)."""
     if hasattr(model, "in_features") and hasattr(model, "classifier"):

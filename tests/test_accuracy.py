@@ -121,3 +121,14 @@ def test_batches_shuffle_with_a_generator_only():
     assert not torch.equal(labels, y) and torch.equal(labels.sort().values, y)
     assert torch.equal(mixed[0][0], -x[mixed[0][1]])
     assert 0 <= task.accuracy(network(), task.test) <= 1
+
+
+def test_a_network_is_fitted_the_same_again_and_in_eval_mode():
+    x, y = some(10)
+    task = data.Task("some", network, (x, y), (x, y), (x, y))
+    fitted = [network() for _ in range(2)]
+    for model in fitted:
+        data.fit(model, task, steps=3)
+    one, other = (model[0].weight for model in fitted)
+    assert torch.equal(one, other) and not torch.equal(one, network()[0].weight)
+    assert not fitted[0].training
