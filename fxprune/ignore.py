@@ -106,12 +106,14 @@ def _names_of(analysis: Analysis, option: str, item: Any) -> tuple[set[str], boo
     return names, False
 
 
-def check_patterns(analysis: Analysis, rates: Mapping[str, float]) -> None:
-    """Raise `OptionError` for a pattern of `rates` that matches no layer with channels."""
+def check_patterns(
+    analysis: Analysis, rates: Mapping[str, float], option: str = "rates"
+) -> None:
+    """Raise `OptionError` for a pattern of an option that matches no layer with channels."""
     names = {name for group in analysis.groups for name in layer_names(group)}
     for pattern in rates:
         found = any(fnmatch.fnmatchcase(name, pattern) for name in names)
-        _must_match(found, f"rates pattern `{pattern}`", pattern, names)
+        _must_match(found, f"{option} pattern `{pattern}`", pattern, names)
 
 
 def _must_match(found: bool, what: str, pattern: str, known: Iterable[str]) -> None:

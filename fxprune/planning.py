@@ -4,32 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .analysis import Analysis
+from .budgeting import choose
+from .calibration import Calibration
 from .errors import OptionError
 from .ids import Freeze
 from .ignore import check_patterns, ignored, selected
+from .multiples import liked
+from .normalize import by_layers, normalized
 from .plans import GroupPlan, Plan, fingerprint, shapes_of
 from .score import score
-from .select import Options, Selection, asked_rate, asked_widths, select
+from .select import Options, Selection, asked_rate, asked_widths, own_value
 from .settings import Settings, as_options
 from .squeeze import Squeeze, follow
 from .squeeze import outside as squeezes
+from .targets import Extra, Reached
 from .watch import Watch
 from .widths import Widths
 
 
 class Made(NamedTuple):
-    """A plan, the mask of kept ids it was written from, and the scores it was made by."""
+    """A plan, the mask of kept ids it was written from, the scores it was made by, and what came of
+    a budget."""
 
     plan: Plan
     kept: Tensor
     scores: Mapping[int, np.ndarray]
+    reached: tuple[Reached, ...] = ()
 
 
 Scorer = Callable[[Options, Settings], dict[int, np.ndarray]]
@@ -42,21 +49,56 @@ def make_plan(
     *,
     with_scores: bool = False,
     scorer: Scorer | None = None,
+    calibration: Calibration | None = None,
+    extra: Extra | None = None,
 ) -> Made:
     """Score, select, and write down what stays; the plan holds the scores where asked to. A
-    `scorer` gives scores of another source than the network's own weights."""
+    `scorer` gives scores of another source than the network's own weights; `calibration` is what
+    data said, `extra` gives costs that had to be measured."""
     options = _bound_as(analysis, chosen)
-    groups = analysis.all_groups
-    scores = scorer(options, chosen) if scorer else _scores(analysis, options, chosen)
-    watch("score", analysis, scores)
-    selection = select(groups, scores, options)
-    if isinstance(chosen.squeeze, Squeeze):
-        selection, followed = follow(analysis, selection, options, chosen.squeeze)
-        scores = {**scores, **followed}
+    scores = _Scores(analysis, chosen, scorer, calibration)
+    chosen_by = choose(analysis, scores, options, chosen, _following(analysis, chosen), extra)
+    found, selection = chosen_by.scores, chosen_by.selection
+    watch("score", analysis, scores.last)
     kept = kept_ids(analysis, selection.kept)
-    made = _write_plan(analysis, selection, kept, chosen, options, scores if with_scores else {})
-    watch("select", (analysis, scores), made)
-    return Made(made, kept, scores)
+    options = chosen_by.options
+    made = _write_plan(analysis, selection, kept, chosen, options, found if with_scores else {})
+    watch("select", (analysis, found), made)
+    return Made(made, kept, found, chosen_by.reached)
+
+
+def _following(analysis: Analysis, chosen: Settings) -> Callable[..., Any] | None:
+    """What the squeeze layers do after a selection."""
+    how = chosen.squeeze
+    if not isinstance(how, Squeeze):
+        return None
+    return lambda selection, options: follow(analysis, selection, options, how)
+
+
+class _Scores:
+    """The scores for some options. Those of a set criterion depend on the widths asked for, all
+    others are had once."""
+
+    def __init__(self, analysis: Analysis, chosen: Settings, scorer: Any, calibration: Any):
+        self.analysis, self.chosen, self.scorer = analysis, chosen, scorer
+        self.calibration = calibration
+        self.last: dict[int, np.ndarray] = {}
+
+    def __call__(self, options: Options) -> dict[int, np.ndarray]:
+        if not self.last or self.chosen.found.kind == "set":
+            self.last = self._made(options)
+        return self.last
+
+    def _made(self, options: Options) -> dict[int, np.ndarray]:
+        chosen, groups = self.chosen, self.analysis.all_groups
+        if self.scorer:
+            found = self.scorer(options, chosen)
+        else:
+            found = _scores(self.analysis, options, chosen, self.calibration)
+        if chosen.normalize is not None:
+            return normalized(groups, found, chosen.normalize)
+        adds_up = chosen.select_by == "knapsack" and not chosen.found.comparable
+        return by_layers(groups, found) if adds_up else found
 
 
 def plan_of(analysis: Analysis, selection: Selection, chosen: Settings) -> Made:
@@ -66,10 +108,13 @@ def plan_of(analysis: Analysis, selection: Selection, chosen: Settings) -> Made:
     return Made(made.model_copy(update={"rate": None}), kept, {})
 
 
-def _scores(analysis: Analysis, options: Options, chosen: Settings) -> dict[int, np.ndarray]:
+def _scores(
+    analysis: Analysis, options: Options, chosen: Settings, calibration: Calibration | None
+) -> dict[int, np.ndarray]:
     groups, criterion = analysis.all_groups, chosen.found
     keep = asked_widths(groups, options) if criterion.kind == "set" else None
-    return score(groups, analysis.tensors, criterion, reduce=chosen.reduce, keep=keep)
+    how: Any = {"reduce": chosen.reduce, "keep": keep, "calibration": calibration}
+    return score(groups, analysis.tensors, criterion, **how)
 
 
 def _bound_as(analysis: Analysis, chosen: Settings) -> Options:
@@ -90,7 +135,22 @@ def _bound(analysis: Analysis, chosen: Settings) -> Options:
     if chosen.squeeze is not None:
         outside |= squeezes(analysis)
     leave = ignored(analysis, chosen.ignore)
-    return replace(as_options(chosen), ignored=leave, outside=outside)
+    own = {i: found for i in range(len(analysis.groups)) if (found := _own(analysis, chosen, i))}
+    return replace(as_options(chosen), ignored=leave, outside=outside, own=own)
+
+
+def _own(analysis: Analysis, chosen: Settings, i: int) -> dict[str, Any]:
+    """The options that a group has of its own."""
+    found, group = {}, analysis.groups[i]
+    for name, given in (("min_channels", chosen.min_channels), ("max_rate", chosen.max_rate)):
+        if isinstance(given, Mapping):
+            check_patterns(analysis, given, name)
+            value = own_value(group, given)
+            if value is not None:
+                found[name] = value
+    if chosen.round_to == "auto":
+        found["round_to"] = liked(len(group), analysis.tensors[group.members[0].param])
+    return found
 
 
 def _write_plan(
@@ -117,7 +177,8 @@ def _write_plan(
         inputs=analysis.inputs.spec(),
         recipe=chosen.recipe,
         criterion=str(chosen.criterion),
-        rate=options.rate,
+        rate=None if chosen.target else options.rate,
+        target=dict(chosen.target or {}),
         scope=options.scope,
         select_by=options.rule,
         mixing=analysis.mixing,

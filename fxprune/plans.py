@@ -53,6 +53,7 @@ class Plan(BaseModel):
     recipe: str = ""
     criterion: str = ""
     rate: float | None = None
+    target: dict[str, float] = Field(default_factory=dict)
     scope: str = "local"
     select_by: str = "rate"
     mixing: str = "norms"
@@ -65,6 +66,7 @@ class Plan(BaseModel):
 
     def __repr__(self) -> str:
         rate = f" at {self.rate:g}" if self.rate is not None else ""
+        rate += "".join(f" for {kind}={amount:g}" for kind, amount in self.target.items())
         size = sum(group.size for group in self.groups)
         return (
             f"<Plan for {self.model or 'a model'} by {self.criterion or 'hand'}{rate}: "

@@ -1,25 +1,30 @@
 """Step `select`: which channels stay.
 
-Channels are chosen by score within each group (``scope="local"``) or over all (``"global"``), under
-the constraints of flow: equal counts in the blocks of a grouped layer, at least one channel of each
-piece. Equal scores are broken by position, so every machine chooses the same.
+Channels are chosen by score within each group (``scope="local"``) or over all (``"global"``), or so
+that a budget is met at the least loss of importance (``"knapsack"``), under the constraints of flow:
+equal counts in the blocks of a grouped layer, at least one channel of each piece. Equal scores are
+broken by position, so every machine chooses the same.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import numpy as np
 
+from .budget import Choice, Solved, solve_for
+from .costs import Costs
 from .groups import Constraint, Group, Groups
 from .program import solve
 
+_LEVELS = 64  # of families whose choices have to be solved for
+
 Scope = Literal["local", "global"]
-SelectRule = Literal["rate", "cumulative", "threshold"]
+SelectRule = Literal["rate", "cumulative", "threshold", "knapsack"]
 
 
 @dataclass(frozen=True)
@@ -28,9 +33,11 @@ class Options:
 
     ``rate``: share of channels removed. ``rates``: pattern -> rate, over it. ``rule``: "rate"
     (the lowest scores), "cumulative" (the longest ascending prefix whose summed share is at most
-    the rate), "threshold" (Network Slimming: keep scores strictly above the one at the rate).
+    the rate), "threshold" (Network Slimming: keep scores strictly above the one at the rate),
+    "knapsack" (the least summed score removed at which ``target`` is met: kind of cost -> amount).
     ``ignored``: group number -> why it is left alone. ``outside``: groups nothing is asked of.
-    ``widths``: group number -> how many channels it keeps, over all rates.
+    ``widths``: group number -> how many channels it keeps, over all rates. ``own``: group number ->
+    its own ``min_channels``, ``max_rate`` and ``round_to``.
     """
 
     rate: float = 0.0
@@ -43,16 +50,24 @@ class Options:
     round_to: int = 1
     outside: frozenset[int] = frozenset()
     widths: Mapping[int, int] = field(default_factory=dict)
+    target: Mapping[str, float] = field(default_factory=dict)
+    own: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+
+    def of(self, i: int) -> Options:
+        """The options of one group."""
+        own: Any = self.own.get(i)
+        return replace(self, **own, own={}) if own else self
 
 
 @dataclass
 class Selection:
     """``kept``: channel number -> whether it stays. ``reasons``: group -> why it gave less.
-    ``warnings``: what is odd about the choice."""
+    ``warnings``: what is odd about the choice. ``solved``: what came of a budget."""
 
     kept: np.ndarray
     reasons: dict[int, str]
     warnings: list[str] = field(default_factory=list)
+    solved: Solved | None = None
 
 
 @dataclass
@@ -63,8 +78,16 @@ class _Family:
     constraints: list[Constraint]
 
 
-def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -> Selection:
-    """Choose the channels to keep of every group in `groups`."""
+def select(
+    groups: Groups,
+    scores: Mapping[int, np.ndarray],
+    options: Options,
+    costs: Costs | None = None,
+) -> Selection:
+    """Choose the channels to keep of every group in `groups`. A knapsack needs to know the costs."""
+    if options.rule == "knapsack":
+        assert costs is not None
+        return _knapsack(groups, scores, options, costs)
     kept = np.ones(int(groups.channel.max()) + 1, bool)
     reasons: dict[int, str] = {}
     asked = {i: asked_rate(groups, i, options) for i in scores}
@@ -78,6 +101,60 @@ def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -
     for i, rate in asked.items():
         _explain_shortfall(groups, i, rate, kept, options, reasons)
     return Selection(kept, reasons, list(_ties(scores, wanted, options)))
+
+
+def _knapsack(groups: Groups, scores, options: Options, costs: Costs) -> Selection:
+    kept = np.ones(int(groups.channel.max()) + 1, bool)
+    must = _must_stay(groups, scores, options)
+    families = _families(groups, scores)
+    choices = [_choice(groups, family, scores, options, must) for family in families]
+    solved = solve_for(choices, costs, options.target)
+    for choice, level in zip(choices, solved.levels, strict=True):
+        kept[choice.channels] = choice.masks[level]
+    reasons = {i: options.ignored[i] for i in scores if i in options.ignored}
+    _restore_broken(groups, scores, kept, reasons)
+    return Selection(kept, reasons, solved=solved)
+
+
+def _choice(groups: Groups, family: _Family, scores, options: Options, must) -> Choice:
+    """The numbers of channels that a family may lose, and what is lost with them."""
+    if not family.constraints:
+        (i,) = family.groups
+        return _single_choice(groups.groups[i].channels, scores[i], options.of(i), must)
+    channels = np.concatenate([groups.groups[i].channels for i in family.groups])
+    value = np.concatenate([_normal(scores[i]) for i in family.groups])
+    flat = np.concatenate([scores[i] for i in family.groups])
+    masks = {0: np.ones(len(channels), bool)}
+    most = int((~must[channels]).sum())
+    for limit in np.unique(np.linspace(0, most, min(most, _LEVELS) + 1).astype(int))[1:]:
+        found = _bound(groups, family, channels, value, must, options, int(limit))
+        masks.setdefault(int((~found).sum()), found)
+    removed = np.array(sorted(masks))
+    loss = np.array([float(flat[~masks[count]].sum()) for count in removed])
+    return Choice(channels, removed, loss, [masks[int(count)] for count in removed])
+
+
+def _single_choice(channels: np.ndarray, scores: np.ndarray, options: Options, must) -> Choice:
+    order = np.lexsort((scores, must[channels]))
+    most = int((~must[channels]).sum())
+    removed = np.array([k for k in range(most + 1) if _allowed(len(order), k, options) == k])
+    loss = np.concatenate([[0.0], np.cumsum(scores[order])])[removed]
+    return Choice(channels, removed, loss, _Masks(order, removed))
+
+
+class _Masks(Sequence[np.ndarray]):
+    """What stays at each level, the first of an order going first."""
+
+    def __init__(self, order: np.ndarray, removed: np.ndarray):
+        self.order, self.removed = order, removed
+
+    def __len__(self) -> int:
+        return len(self.removed)
+
+    def __getitem__(self, level: Any) -> Any:
+        mask = np.ones(len(self.order), bool)
+        mask[self.order[: self.removed[level]]] = False
+        return mask
 
 
 def _ties(scores: Mapping[int, np.ndarray], wanted: Mapping[int, int], options: Options):
@@ -108,17 +185,24 @@ def asked_widths(groups: Groups, options: Options) -> dict[int, int]:
     found = {}
     for i, group in enumerate(groups.groups):
         size = len(group)
+        own = options.of(i)
         count = 0 if i in options.ignored else _count(size * asked_rate(groups, i, options))
-        found[i] = size - _allowed(size, min(count, size - options.min_channels), options)
+        found[i] = size - _allowed(size, min(count, size - own.min_channels), own)
     return found
 
 
 def _own_rate(group: Group, options: Options) -> float | None:
-    rate = None
-    for pattern, value in options.rates.items():
+    return own_value(group, options.rates)
+
+
+def own_value(group: Group, named: Mapping[str, float]) -> float | None:
+    """What an option says of a group: the value of the last pattern that matches one of its
+    layers."""
+    found = None
+    for pattern, value in named.items():
         if any(fnmatch.fnmatchcase(name, pattern) for name in layer_names(group)):
-            rate = value
-    return rate
+            found = value
+    return found
 
 
 def layer_names(group: Group) -> list[str]:
@@ -202,6 +286,14 @@ def _families(groups: Groups, scores) -> list[_Family]:
     return list(families.values())
 
 
+def families(groups: Groups, scores: Mapping[int, np.ndarray]) -> list[np.ndarray]:
+    """The channels of groups that are chosen together."""
+    return [
+        np.concatenate([groups.groups[i].channels for i in family.groups])
+        for family in _families(groups, scores)
+    ]
+
+
 def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
     """The best channels of each group and of each piece of a split; all of an ignored group. Of
     equal ones the last stay, as the first go."""
@@ -211,7 +303,7 @@ def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
         channels = groups.groups[i].channels
         best[channels] = values
         whole = i in options.ignored or i in options.outside
-        floor = len(values) if whole else options.min_channels
+        floor = len(values) if whole else min(options.of(i).min_channels, len(values))
         must[channels[np.argsort(values, kind="stable")[-floor:]]] = True
     for piece in groups.keep_one:
         must[piece[np.argsort(best[piece], kind="stable")[-1]]] = True
@@ -225,7 +317,7 @@ def _choose(
     channels = np.concatenate([groups.groups[i].channels for i in family.groups])
     count = sum(wanted[i] for i in family.groups)
     count = min(count, int((~must[channels]).sum()))
-    limit = _allowed(len(channels), count, options)
+    limit = _allowed(len(channels), count, options.of(family.groups[0]))
     if not family.constraints:
         (i,) = family.groups
         order = np.lexsort((scores[i], must[channels]))
@@ -247,7 +339,8 @@ def _bound(
     while limit > 0:
         found = solve(channels, value, must[channels], family.constraints, limit)
         ends = np.cumsum([len(groups.groups[i]) for i in family.groups])[:-1]
-        if all(_fits(part, options) for part in np.split(found, ends)):
+        parts = zip(family.groups, np.split(found, ends), strict=True)
+        if all(_fits(part, options.of(i)) for i, part in parts):
             return found
         limit = min(limit - 1, int((~found).sum()) - 1)
     return np.ones(len(channels), bool)
@@ -294,7 +387,7 @@ def _explain_shortfall(
     gone = size - int(kept[groups.groups[i].channels].sum())
     found = reasons.pop(i, None)
     if gone < _count(size * rate):
-        why = options.ignored.get(i) or found or _limit(size, gone, options)
+        why = options.ignored.get(i) or found or _limit(size, gone, options.of(i))
         reasons[i] = f"asked {rate:.0%}, got {gone / size:.0%}: {why}"
     elif i in options.ignored:
         reasons[i] = options.ignored[i]

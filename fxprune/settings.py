@@ -12,11 +12,13 @@ from .errors import OptionError
 from .flow import Mixing
 from .heads import Heads
 from .ignore import Ignore
+from .normalize import NORMALIZE, Normalize
 from .recipes import RecipeLike
 from .recipes import find as find_recipe
 from .score import Reduce
 from .select import Options, Scope, SelectRule
 from .squeeze import Squeeze, as_squeeze
+from .targets import check_target
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,11 @@ class Settings:
     rates: Mapping[str, float] = field(default_factory=dict)
     only: Ignore = ()
     ignore: Ignore = ()
-    min_channels: int = 1
-    max_rate: float = 1.0
-    round_to: int = 1
+    min_channels: int | Mapping[str, int] = 1
+    max_rate: float | Mapping[str, float] = 1.0
+    round_to: int | Literal["auto"] = 1
+    target: Mapping[str, float] | None = None
+    normalize: Normalize | None = None
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None
     mixing: Mixing = "norms"
     scatter: bool = False
@@ -53,14 +57,34 @@ def settings(recipe: RecipeLike | None, given: Mapping[str, Any]) -> Settings:
     """
     own = {key: value for key, value in given.items() if value is not None}
     found = Settings() if recipe is None else _of_recipe(recipe)
-    if "rate" in own:
+    if "rate" in own or "target" in own:
         own.setdefault("rates", {})
+    if "target" in own:
+        own = _for_target(own, found)
     found = replace(found, **own)
     _check(found)
-    bound: dict[str, Scope] = {"threshold": "global", "cumulative": "local"}
+    bound: dict[str, Scope] = {
+        "threshold": "global",
+        "cumulative": "local",
+        "knapsack": "global",
+    }
     scope = bound.get(found.select_by, found.scope)
     squeeze = as_squeeze(found.squeeze)
     return replace(found, criterion=found.found, scope=scope, squeeze=squeeze)
+
+
+def _for_target(own: dict[str, Any], found: Settings) -> dict[str, Any]:
+    """A budget is met by a knapsack over the whole network, or else by the rate that meets it."""
+    if "rate" in own:
+        raise OptionError(
+            "rate and target are given: the target says how much goes",
+            hint="leave one of them out; max_rate caps the share that a layer loses",
+        )
+    chooses_sets = find(own.get("criterion", found.criterion)).kind == "set"
+    local = own.get("scope", "local" if chooses_sets else None) == "local"
+    rule = own.get("select_by", "rate" if local or chooses_sets else "knapsack")
+    scope = own.get("scope", "local" if local else "global")
+    return {**own, "target": check_target(own["target"]), "select_by": rule, "scope": scope}
 
 
 def _of_recipe(which: RecipeLike) -> Settings:
@@ -72,18 +96,32 @@ def _of_recipe(which: RecipeLike) -> Settings:
 
 def _check(found: Settings) -> None:
     check_share("rate", found.rate)
-    check_share("max_rate", found.max_rate, whole=True)
+    for name, rate in _each("max_rate", found.max_rate):
+        check_share(name, rate, whole=True)
     rates: Any = found.rates
     if not (isinstance(rates, Mapping) and all(isinstance(name, str) for name in rates)):
         raise OptionError("rates must map name patterns to rates", hint='rates={"layer1.*": 0.3}')
     for pattern, value in rates.items():
         check_share(f"rates[{pattern!r}]", value)
     check_choice("scope", found.scope, ("local", "global"))
-    check_choice("select_by", found.select_by, ("rate", "cumulative", "threshold"))
+    check_choice("select_by", found.select_by, ("rate", "cumulative", "threshold", "knapsack"))
     check_choice("scatter", found.scatter, (True, False))
-    check_count("min_channels", found.min_channels)
-    check_count("round_to", found.round_to)
+    for name, count in _each("min_channels", found.min_channels):
+        check_count(name, count)
+    if found.round_to != "auto":
+        check_count("round_to", found.round_to)
+    if found.normalize is not None:
+        check_choice("normalize", found.normalize, NORMALIZE)
+    if found.select_by == "knapsack" and found.target is None:
+        raise OptionError('select_by="knapsack" needs a target', hint='target={"macs": 0.5}')
     _check_set(found)
+
+
+def _each(name: str, given: Any) -> list[tuple[str, Any]]:
+    """An option's values with their names: one for all layers, or one a name pattern."""
+    if not isinstance(given, Mapping):
+        return [(name, given)]
+    return [(f"{name}[{pattern!r}]", value) for pattern, value in given.items()]
 
 
 def _check_set(found: Settings) -> None:
@@ -97,14 +135,15 @@ def _check_set(found: Settings) -> None:
 
 
 def as_options(found: Settings) -> Options:
-    """The settings that selection itself reads."""
+    """The settings that selection itself reads; those that are of single layers are bound later."""
+    floor, cap, multiple = found.min_channels, found.max_rate, found.round_to
     rates = {pattern: float(value) for pattern, value in found.rates.items()}
     return Options(
         rate=float(found.rate),  # a number of numpy's is none in a plan
         scope=found.scope,
         rule=found.select_by,
         rates=rates,
-        min_channels=found.min_channels,
-        max_rate=float(found.max_rate),
-        round_to=found.round_to,
+        min_channels=1 if isinstance(floor, Mapping) else floor,
+        max_rate=1.0 if isinstance(cap, Mapping) else float(cap),
+        round_to=1 if isinstance(multiple, str) else multiple,
     )

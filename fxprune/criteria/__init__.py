@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -44,6 +44,7 @@ class Criterion:
     kind: Kind = "score"
     options: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
+    comparable: bool = False
 
     def __call__(self, group: Slices, *count: int) -> Any:
         return self.function(group, *count, **self.options)
@@ -62,13 +63,14 @@ NEEDS = ("gates", "gradients", "values", "ranks", "grams")
 
 
 def criterion(
-    name: str, *, kind: Kind = "score", needs: Sequence[str] = ()
+    name: str, *, kind: Kind = "score", needs: Sequence[str] = (), comparable: bool = False
 ) -> Callable[[Function], Function]:
     """Register a function as a criterion: ``@fxprune.criterion("name")``.
 
     A function of ``kind="set"`` takes the group and the number of channels to keep. `needs` says
     what of data it reads: "gates" and "gradients" (of a loss), "values", "ranks", "grams" (of
-    activations); see `fxprune.criteria.Slices`.
+    activations); see `fxprune.criteria.Slices`. `comparable` scores mean the same in all groups, and
+    their sums are what is lost.
     """
     unknown = [each for each in needs if each not in NEEDS]
     if isinstance(needs, str) or unknown:
@@ -81,7 +83,7 @@ def criterion(
         own = function.__module__.startswith(f"{__name__}.")
         if shipped is not None and shipped.function.__module__.startswith(__name__) and not own:
             raise OptionError(f"criterion `{name}` ships with fxprune", hint="choose another name")
-        _known[name] = Criterion(name, function, kind, needs=tuple(needs))
+        _known[name] = Criterion(name, function, kind, {}, tuple(needs), comparable)
         return function
 
     return register
@@ -126,7 +128,7 @@ def _with_options(given: Mapping[str, Any]) -> Criterion:
                 hint=nearest(str(key), known),
             )
     options = {key: _checked(found.name, key, known[key], options[key]) for key in options}
-    return Criterion(found.name, found.function, found.kind, options, found.needs)
+    return replace(found, options=options)
 
 
 def _options(found: Criterion) -> dict[str, Any]:

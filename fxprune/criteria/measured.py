@@ -16,7 +16,7 @@ from .magnitude import l2
 from .slices import Slices
 
 
-@criterion("taylor", needs=("gates",))
+@criterion("taylor", needs=("gates",), comparable=True)
 def taylor(group: Slices) -> Scores:
     """Mean of |d loss / d gate| over items, a gate being a factor of one on the channel wherever it
     is read: the first-order change of an item's loss when the channel goes (Molchanov et al. 2017,
@@ -24,7 +24,7 @@ def taylor(group: Slices) -> Scores:
     return group.gate("magnitude")
 
 
-@criterion("fisher", needs=("gates",))
+@criterion("fisher", needs=("gates",), comparable=True)
 def fisher(group: Slices) -> Scores:
     """Mean of (d loss / d gate)² over items: the diagonal of the empirical Fisher information, which
     stands for the loss's curvature (LeCun et al. 1989, Optimal Brain Damage; Theis et al. 2018; for
@@ -68,7 +68,7 @@ def hrank(group: Slices) -> Scores:
     return [read.sums["rank"][at] / read.sums["maps"] for read, at in reads] or l2(group)
 
 
-@criterion("reconstruction", needs=("grams",))
+@criterion("reconstruction", needs=("grams",), comparable=True)
 def reconstruction(group: Slices, *, ridge: float = 1e-4) -> Scores:
     """How much worse the layers that read a channel do without it, when the others make up for it
     as well as they can: the squared error of their outputs relative to the outputs' size. Channels
@@ -83,7 +83,7 @@ def reconstruction(group: Slices, *, ridge: float = 1e-4) -> Scores:
     return _elimination([(g, m / _energy(g, m)) for g, m in problems], ridge)
 
 
-@criterion("surgeon", needs=("grams", "gates"))
+@criterion("surgeon", needs=("grams", "gates"), comparable=True)
 def surgeon(group: Slices, *, ridge: float = 1e-4) -> Scores:
     """As `reconstruction`, but each output's error counts by the mean square of the loss's gradient
     there, so that scores are changes of the loss and can be ranked over the whole network (after

@@ -1,0 +1,281 @@
+"""Choosing widths for a budget: the least importance lost at a cost that may be spent.
+
+Each group (or family of groups bound together) offers levels: so many channels removed, of so much
+importance. What a level saves depends on the widths of the neighbours: the operations of a layer go
+with the product of two widths. So the program is solved around a point: with costs made linear
+there, the best levels for a price of cost are each group's own, a knapsack's Lagrangian; the price
+is found by bisection on the true cost; then costs are made linear anew where that led. What the
+steps of levels leave of the budget is filled up, and levels are exchanged as long as that helps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .costs import Costs
+
+_ROUNDS, _HALVINGS, _FILLS, _TRIES = 8, 30, 400, 12
+_NEAR = 0.992  # of a target
+
+
+@dataclass
+class Choice:
+    """What one family offers. ``removed[l]`` channels go at level l, of summed importance
+    ``loss[l]``; level 0 keeps all. ``masks[l]`` says which of ``channels`` stay."""
+
+    channels: np.ndarray
+    removed: np.ndarray
+    loss: np.ndarray
+    masks: Sequence[np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.removed)
+
+
+@dataclass
+class Solved:
+    """The level of each choice; costs there; whether all targets are met."""
+
+    levels: list[int]
+    cost: dict[str, float]
+    loss: float
+    met: bool
+
+
+def solve_for(choices: Sequence[Choice], costs: Costs, targets: Mapping[str, float]) -> Solved:
+    """The levels of least summed loss at which no cost is above its target; the last levels of all
+    where there are none."""
+    state = _State(choices, costs, targets)
+    last = [len(choice) - 1 for choice in choices]
+    state.go(last)
+    if state.over() > 1:
+        return state.solved(last, met=False)
+    state.go([0] * len(choices))
+    if state.over() <= 1:
+        return state.solved([0] * len(choices), met=True)
+    starts = ([0] * len(choices), _halfway(choices))
+    found = [state.solved(_near(state, _improved(state, _from(state, start))), met=True) for start in starts]
+    best = min(found, key=lambda each: each.loss)
+    state.go(best.levels)
+    return best
+
+
+def _halfway(choices: Sequence[Choice]) -> list[int]:
+    return [len(choice) // 2 for choice in choices]
+
+
+class _State:
+    """Choices at some levels, with what they cost."""
+
+    def __init__(self, choices: Sequence[Choice], costs: Costs, targets: Mapping[str, float]):
+        self.choices, self.costs, self.targets = choices, costs, targets
+        self.touched = [costs.touched(choice.channels) for choice in choices]
+        self.levels = [0] * len(choices)
+        self.go(self.levels, whole=True)
+
+    def go(self, levels: Sequence[int], whole: bool = False) -> None:
+        changed = [f for f, level in enumerate(levels) if whole or level != self.levels[f]]
+        for f in changed:
+            self.costs.put(self.choices[f].channels, self.choices[f].masks[levels[f]])
+        self.costs.count(list({each for f in changed for each in self.touched[f]}))
+        self.levels = list(levels)
+
+    def over(self) -> float:
+        """The largest cost in shares of its target."""
+        total = self.costs.total()
+        return max(total[kind] / max(target, 1e-9) for kind, target in self.targets.items())
+
+    def loss(self) -> float:
+        return sum(float(c.loss[level]) for c, level in zip(self.choices, self.levels, strict=True))
+
+    def solved(self, levels: list[int], met: bool) -> Solved:
+        self.go(levels)
+        return Solved(levels, self.costs.total(), self.loss(), met)
+
+    def saved(self, f: int, level: int) -> dict[str, float]:
+        """What moving one choice to another level would save of each cost, in shares of targets."""
+        before = {each: self.costs.values[each[0]][each[1]] for each in self.touched[f]}
+        choice, here = self.choices[f], self.levels[f]
+        self.costs.put(choice.channels, choice.masks[level])
+        saved = dict.fromkeys(self.targets, 0.0)
+        for kind, i in self.touched[f]:
+            if kind in saved:
+                saved[kind] += before[kind, i] - self.costs.terms[kind][i].cost(self.costs.ids)
+        self.costs.put(choice.channels, choice.masks[here])
+        return {kind: each / max(self.targets[kind], 1e-9) for kind, each in saved.items()}
+
+    def slopes(self) -> list[dict[str, float]]:
+        """What a channel of each choice costs here."""
+        found = []
+        for f, choice in enumerate(self.choices):
+            here = self.levels[f]
+            other = here + 1 if here + 1 < len(choice) else here - 1
+            if len(choice) == 1:
+                found.append(dict.fromkeys(self.targets, 0.0))
+                continue
+            step = choice.removed[other] - choice.removed[here]
+            found.append({kind: each / step for kind, each in self.saved(f, other).items()})
+        return found
+
+
+def _from(state: _State, start: list[int]) -> list[int]:
+    """Levels within the targets, from the slopes of costs at `start` and at where they lead."""
+    state.go(start)
+    weights = dict.fromkeys(state.targets, 1.0)
+    slopes: list[float] | None = None
+    best: tuple[float, list[int]] | None = None
+    for _ in range(_ROUNDS):
+        each = [_weighed(slope, weights) for slope in state.slopes()]
+        slopes = each if slopes is None else [(a * b) ** 0.5 for a, b in zip(slopes, each, strict=True)]
+        levels = _priced(state, slopes)
+        loss = state.loss()
+        if best is not None and levels == best[1]:
+            break
+        if best is None or loss < best[0]:
+            best = (loss, levels)
+        total = state.costs.total()
+        for kind, target in state.targets.items():  # what is slack needs no price
+            weights[kind] *= (total[kind] / max(target, 1e-9)) ** 4
+    assert best is not None
+    return best[1]
+
+
+def _weighed(slope: Mapping[str, float], weights: Mapping[str, float]) -> float:
+    return max(sum(weights[kind] * max(each, 0.0) for kind, each in slope.items()), 1e-15)
+
+
+def _priced(state: _State, slopes: list[float]) -> list[int]:
+    """The lowest price of cost at which the choices that are best at that price meet the targets."""
+    low, high = 0.0, 1.0
+    while state.over() > 1 or low == 0.0:
+        _choose(state, slopes, high)
+        if state.over() <= 1:
+            break
+        low, high = high, high * 8
+        if high > 1e30:
+            state.go([len(choice) - 1 for choice in state.choices])
+            return list(state.levels)
+    met = list(state.levels)
+    for _ in range(_HALVINGS):
+        middle = (low * high) ** 0.5 if low > 0 else high / 1000
+        _choose(state, slopes, middle)
+        if state.over() <= 1:
+            high, met = middle, list(state.levels)
+        else:
+            low = middle
+        if low > 0 and high / low < 1 + 1e-6:
+            break
+    state.go(met)
+    return met
+
+
+def _choose(state: _State, slopes: list[float], price: float) -> None:
+    pairs = zip(state.choices, slopes, strict=True)
+    state.go([int(np.argmin(c.loss - price * slope * c.removed)) for c, slope in pairs])
+
+
+# -- what the steps leave --------------------------------------------------------------------------
+
+
+def _improved(state: _State, levels: list[int]) -> list[int]:
+    """Give back the channels that are worth most for what they cost, as long as any fit."""
+    state.go(levels)
+    for _ in range(_FILLS):
+        step = _best_step(state)
+        if step is None:
+            break
+        moved = list(state.levels)
+        for f, level in step:
+            moved[f] = level
+        before = state.loss()
+        state.go(moved)
+        if state.over() > 1 or state.loss() >= before:
+            for f, _ in step:
+                moved[f] = levels[f]
+            state.go(levels)
+            break
+        levels = moved
+    return levels
+
+
+def _near(state: _State, levels: list[int]) -> list[int]:
+    """Where more than a percent of the budget is left because no channel fits: take one more that is
+    too much, and others away, if that comes nearer."""
+    state.go(levels)
+    used = state.over()
+    for f in _by_worth(state) if used < _NEAR else ():
+        state.go(levels)
+        if state.levels[f] == 0:
+            continue
+        state.go([level - (i == f) for i, level in enumerate(levels)])
+        if _taken_away(state, but=f) and state.over() > used:
+            levels, used = list(state.levels), state.over()
+        if used >= _NEAR:
+            break
+    state.go(levels)
+    return levels
+
+
+def _by_worth(state: _State) -> list[int]:
+    """Choices that have lost channels, the one of the best next channel first."""
+    worth = {}
+    for f, choice in enumerate(state.choices):
+        here = state.levels[f]
+        if here:
+            cost = max((-s for s in state.saved(f, here - 1).values()), default=0.0)
+            worth[f] = float(choice.loss[here] - choice.loss[here - 1]) / max(cost, 1e-12)
+    return sorted(worth, key=lambda f: -worth[f])[:_TRIES]
+
+
+def _taken_away(state: _State, but: int) -> bool:
+    """Remove the channels of least loss for what they cost until the targets are met."""
+    for _ in range(_FILLS):
+        over = state.over() - 1
+        if over <= 0:
+            return True
+        best, worth = None, 0.0
+        for f, choice in enumerate(state.choices):
+            here = state.levels[f]
+            if f == but or here + 1 >= len(choice):
+                continue
+            saved = min(max(state.saved(f, here + 1).values()), over)
+            each = saved / max(float(choice.loss[here + 1] - choice.loss[here]), 1e-12)
+            if each > worth:
+                best, worth = f, each
+        if best is None:
+            return False
+        state.go([level + (i == best) for i, level in enumerate(state.levels)])
+    return False
+
+
+def _best_step(state: _State) -> list[tuple[int, int]] | None:
+    """The move of one choice up that gains most importance for its cost and fits; or of two, one up
+    and one down, that fits and gains."""
+    total = state.costs.total()
+    room = {kind: 1 - total[kind] / max(t, 1e-9) for kind, t in state.targets.items()}
+    ups, downs = [], []
+    for f, choice in enumerate(state.choices):
+        here = state.levels[f]
+        if here > 0:
+            gain = float(choice.loss[here] - choice.loss[here - 1])
+            ups.append((f, here - 1, gain, {k: -s for k, s in state.saved(f, here - 1).items()}))
+        if here + 1 < len(choice):
+            pain = float(choice.loss[here + 1] - choice.loss[here])
+            downs.append((f, here + 1, pain, state.saved(f, here + 1)))
+    fits = [up for up in ups if up[2] > 0 and all(up[3][k] <= room[k] + 1e-12 for k in room)]
+    if fits:
+        best = max(fits, key=lambda up: up[2] / max(max(up[3].values()), 1e-12))
+        return [(best[0], best[1])]
+    pairs = (
+        (up[2] - down[2], up, down)
+        for up in ups
+        for down in downs
+        if up[0] != down[0]
+        and up[2] - down[2] > 1e-12 * abs(up[2])
+        and all(up[3][k] - down[3][k] <= room[k] - 1e-9 for k in room)
+    )
+    swap = max(pairs, key=lambda each: each[0], default=None)
+    return None if swap is None else [swap[1][:2], swap[2][:2]]

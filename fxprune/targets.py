@@ -1,0 +1,96 @@
+"""Budgets: what ``target=`` may say, and the choice that meets it."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .analysis import Analysis
+from .check import check_choice
+from .costs import TERMS, Costs
+from .errors import OptionError
+
+KINDS = ("macs", "params", "latency_ms")
+CLOSE = 0.01  # a budget is met where the cost is that near, and not above
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One target, what the network cost before, and what it costs now; ``note`` says why it is not
+    nearer, where it is off by more than one percent."""
+
+    kind: str
+    target: float
+    before: float
+    after: float
+    note: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.after <= self.target * (1 + 1e-9)
+
+    def __str__(self) -> str:
+        unit = {"latency_ms": " ms"}.get(self.kind, "")
+        note = f": {self.note}" if self.note else ""
+        return (
+            f"{self.kind} {_shown(self.after)}{unit} of at most {_shown(self.target)}{unit} "
+            f"({self.after / max(self.before, 1e-30):.1%} left){note}"
+        )
+
+
+def _shown(amount: float) -> str:
+    return f"{amount:,.0f}" if amount >= 1000 else f"{amount:.4g}"
+
+
+def check_target(target: Any) -> dict[str, float]:
+    """Checked as ``{"macs": 0.5}``: shares of at most 1, or amounts; `OptionError` for others."""
+    if not isinstance(target, Mapping) or not target:
+        raise OptionError(
+            f"target={target!r} is no budget",
+            hint='target={"macs": 0.5}, {"params": 2_000_000}, {"latency_ms": 4.0}, or several',
+        )
+    for kind, amount in target.items():
+        check_choice("target", kind, KINDS)
+        number = isinstance(amount, numbers.Real) and not isinstance(amount, bool)
+        if not number or not math.isfinite(amount) or amount <= 0:
+            raise OptionError(
+                f"target[{kind!r}]={amount!r} must be a number above 0",
+                hint="up to 1 it is a share of the unpruned network's, else an amount"
+                if kind != "latency_ms"
+                else "milliseconds of one call",
+            )
+    return {kind: float(amount) for kind, amount in target.items()}
+
+
+@dataclass
+class Budget:
+    """Targets as amounts, and the costs they are of. ``tightened``: what to aim at, where
+    something behind the selection changes costs too."""
+
+    targets: dict[str, float]
+    costs: Costs
+    aims: dict[str, float] = field(default_factory=dict)
+
+    def reached(self, costs: Mapping[str, float], notes: Mapping[str, str]) -> list[Reached]:
+        dense = self.costs.dense
+        return [
+            Reached(kind, target, dense[kind], costs[kind], notes.get(kind, ""))
+            for kind, target in self.targets.items()
+        ]
+
+
+Extra = Mapping[str, Callable[[Analysis], Any]]
+
+
+def budget(analysis: Analysis, target: Mapping[str, float], extra: Extra | None = None) -> Budget:
+    """The budget of a network; `extra` gives the terms of costs that have to be measured first."""
+    known = {**TERMS, **(extra or {})}
+    costs = Costs(analysis, {kind: list(known[kind](analysis)) for kind in target})
+    amounts = {
+        kind: amount * costs.dense[kind] if amount <= 1 and kind != "latency_ms" else amount
+        for kind, amount in target.items()
+    }
+    return Budget(amounts, costs, dict(amounts))
