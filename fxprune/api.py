@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from itertools import zip_longest
 from typing import Any, Literal
 
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from .analysis import Analysis, analyze
-from .check import check_choice, check_finite, check_model, tensors_of
+from .batches import batches
+from .calibration import Calibration, Loss, calibrate
+from .check import check_choice, check_finite, check_model, device_of, tensors_of
+from .compensation import Compensate, check_compensate
+from .compensation import compensate as fit
 from .copies import narrow
 from .counters import Counts
 from .criteria import CriterionLike
@@ -25,6 +30,7 @@ from .ids import Layer, Value
 from .ignore import Ignore
 from .inputs import of_spec
 from .layers import Scores, layer_rows
+from .normalize import Normalize
 from .planning import Made, make_plan
 from .plans import Plan
 from .pruned import Info, PrunedModule
@@ -59,9 +65,14 @@ def prune(
     rates: Mapping[str, float] | None = None,
     only: Ignore | None = None,
     ignore: Ignore | None = None,
-    min_channels: int | None = None,
-    max_rate: float | None = None,
-    round_to: int | None = None,
+    min_channels: int | Mapping[str, int] | None = None,
+    max_rate: float | Mapping[str, float] | None = None,
+    round_to: int | Literal["auto"] | None = None,
+    target: Mapping[str, float] | None = None,
+    normalize: Normalize | None = None,
+    data: Any = None,
+    loss: Loss | None = None,
+    compensate: Compensate | bool | None = None,
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     mixing: Mixing | None = None,
     scatter: bool | None = None,
@@ -97,9 +108,24 @@ def prune(
             `fxprune.roles`); default all.
         ignore: layers whose output channels all stay, in the same words; ``"in:PATTERN"`` keeps a
             layer's input channels instead.
-        min_channels: no group gets narrower; default 1.
-        max_rate: no group loses a larger share; default 1.0.
-        round_to: widths are rounded up to a multiple; default 1.
+        min_channels: no group gets narrower; default 1. Or name pattern of layers -> number.
+        max_rate: no group loses a larger share; default 1.0. Or name pattern of layers -> share.
+        round_to: widths are rounded up to a multiple; default 1. "auto": one that the device of the
+            model likes (16 channels on a CPU with AVX-512), finer in narrow layers.
+        target: a budget in place of a rate: ``{"macs": 0.5}``, ``{"params": ...}``, a share up to 1
+            or an amount, ``{"latency_ms": 4.0}``, or several. Met by the widths at which the least
+            importance is lost (``select_by="knapsack"``), or with another `select_by`, or
+            ``scope="local"``, by the rate that meets it.
+        normalize: scores of each group over their "mean", "std", "sum" or "max", for rankings over
+            the network; "kind": ranked among groups of one kind alone; "none". By default none, but
+            in a knapsack of scores that are not comparable: "mean", times the coupled layers.
+        data: batches for criteria that need data, and for `compensate`: a list or DataLoader of
+            inputs, or of pairs (inputs, target).
+        loss: a function of (output, target) for criteria of gradients, a mean over items; default:
+            cross-entropy for classes, squared error for targets shaped as the output.
+        compensate: what is left of the network is fitted on `data` to what the original gave,
+            without training: "least_squares" (True), or "bias", constants alone. See
+            `fxprune.compensate`.
         squeeze: ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate; False
             (beside a recipe) leaves them alone.
         mixing: which ops may run on over fewer channels although their statistics change: "norms"
@@ -121,29 +147,65 @@ def prune(
     """
     chosen = settings(recipe, _given(locals()))
     check_choice("verify", verify, (True, False, "shapes"))
+    fits = check_compensate(compensate)
     watch = _watches(watch, dump)
     how: Any = {name: getattr(chosen, name) for name in _READ_BY}
     analysis = analyze(model, example_inputs, frontend=frontend, strict=strict, watch=watch, **how)
     check_finite(_weights(analysis))
+    known = batches(data, device_of(model)) if fits or chosen.found.needs else None
+    measured = _Measured(analysis, chosen, known, loss)
 
     def made() -> Made:
         check_prunable(analysis)
-        return make_plan(analysis, chosen, watch)
+        return make_plan(analysis, chosen, watch, calibration=measured(), extra=measured.extra)
 
-    return pruned_by(analysis, made, verify, watch)
+    made_up = partial(compensated, analysis, known, fits, watch) if fits else None
+    return pruned_by(analysis, made, verify, watch, made_up)
 
 
 def pruned_by(
-    analysis: Analysis, make: Callable[[], Made], verify: Verify, watch: Watch
+    analysis: Analysis,
+    make: Callable[[], Made],
+    verify: Verify,
+    watch: Watch,
+    finish: Callable[[Made, PrunedModule], None] | None = None,
 ) -> PrunedModule:
     """The network of a plan that `make` makes. Where a channel turns out to be in the way of
-    writing it, it is frozen, and `make` is called again."""
+    writing it, it is frozen, and `make` is called again. `finish` is for what is done last."""
     while True:
         made = make()
         try:
-            return _finish(analysis, made, verify, watch)
+            pruned = _finish(analysis, made, verify, watch)
         except RewriteError as error:
             _freeze_at(analysis, error)
+            continue
+        if finish is not None:
+            finish(made, pruned)
+        return pruned
+
+
+class _Measured:
+    """What data says of a network, had once, when it is asked for."""
+
+    def __init__(self, analysis: Analysis, chosen: Settings, data: Any, loss: Loss | None):
+        self.analysis, self.chosen, self.data, self.loss = analysis, chosen, data, loss
+        self.extra: dict[str, Any] = {}
+        self._found: Calibration | None = None
+
+    def __call__(self) -> Calibration | None:
+        needs = self.chosen.found.needs
+        if needs and self._found is None:
+            self._found = calibrate(self.analysis, self.data, needs, self.loss)
+        return self._found
+
+
+def compensated(
+    analysis: Analysis, data: Any, how: Compensate, watch: Watch, made: Made, pruned: PrunedModule
+) -> None:
+    """Fit a pruned network to the original on data, and say so in its report."""
+    report = pruned.fxprune.report
+    report.compensation = fit(analysis, pruned, made.kept, data, how)
+    watch("compensate", (analysis, made.plan), pruned)
 
 
 _POOR = 0.5  # share of channels that could go, below which the report says what is in the way
@@ -250,9 +312,13 @@ def plan(
     rates: Mapping[str, float] | None = None,
     only: Ignore | None = None,
     ignore: Ignore | None = None,
-    min_channels: int | None = None,
-    max_rate: float | None = None,
-    round_to: int | None = None,
+    min_channels: int | Mapping[str, int] | None = None,
+    max_rate: float | Mapping[str, float] | None = None,
+    round_to: int | Literal["auto"] | None = None,
+    target: Mapping[str, float] | None = None,
+    normalize: Normalize | None = None,
+    data: Any = None,
+    loss: Loss | None = None,
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     scores: bool = False,
 ) -> Plan:
@@ -269,7 +335,10 @@ def plan(
         _check_analysed(analysis, chosen)
     check_finite(_weights(analysis))
     check_prunable(analysis)
-    return make_plan(analysis, chosen, silent, with_scores=scores).plan
+    known = batches(data, device_of(analysis.model)) if chosen.found.needs else None
+    measured = _Measured(analysis, chosen, known, loss)
+    how: Any = {"calibration": measured(), "extra": measured.extra}
+    return make_plan(analysis, chosen, silent, with_scores=scores, **how).plan
 
 
 def _check_analysed(analysis: Analysis, chosen: Settings) -> None:
@@ -407,6 +476,7 @@ def _report(analysis: Analysis, made: Made, pruned: nn.Module) -> Report:
         scores=scores,
         params=(_count(analysis.model), _count(pruned)),
         macs=(analysis.macs(), analysis.macs(made.kept)),
+        targets=made.reached,
         warnings=[*analysis.warnings, *plan.warnings],
         causes=analysis.causes() if analysis.share < _POOR else [],
     )

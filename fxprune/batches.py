@@ -46,6 +46,8 @@ def batches(data: Any, device: torch.device | None = None) -> list[Batch]:
     A batch is a tensor, or a dict of forward's arguments; or a pair of that, or of a tuple of
     arguments, and a target. Raises `InputError` for what is none, or for no batch at all.
     """
+    if isinstance(data, list) and data and all(isinstance(each, Batch) for each in data):
+        return data
     if data is None:
         raise OptionError("no data to calibrate on", hint=f"pass data=...: {_KINDS}")
     whole = isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable)

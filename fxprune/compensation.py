@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 
 from .analysis import Analysis
 from .batches import batches
-from .check import clone, device_of
-from .errors import RuleError
+from .check import check_choice, clone, device_of
+from .errors import OptionError, RuleError
 from .ids import Value
 from .linear import Linear, Problem, linear
 from .stepping import Stepper
@@ -43,6 +43,24 @@ class Compensation:
     statistics: list[str] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        last = [f"{before:.3g} to {after:.3g}" for before, after in self.fitted.values()][-1:]
+        error = f"; the last one's error from {last[0]}" if last else ""
+        skipped = f", {len(self.skipped)} left as they are" if self.skipped else ""
+        return (
+            f"{len(self.fitted)} layers by {self.how.replace('_', ' ')} on {self.items} items"
+            f"{skipped}{error}; the numbers verified are those before the fit"
+        )
+
+
+def check_compensate(given: Any) -> Compensate | None:
+    """Which compensation is meant; `OptionError` for what is none."""
+    if given in (None, False):
+        return None
+    found = "least_squares" if given is True else given
+    check_choice("compensate", found, ("least_squares", "bias"))
+    return found
+
 
 @torch.no_grad()
 def compensate(
@@ -56,6 +74,11 @@ def compensate(
     ridge: float = _RIDGE,
 ) -> Compensation:
     """Fit a pruned network to the one of `analysis`, in place; `kept` is the mask of kept ids."""
+    if analysis.recorded:
+        raise OptionError(
+            "only a network that is one graph can be fitted, and this one was recorded",
+            hint="fine-tune it instead",
+        )
     found = batches(data, device_of(analysis.model))
     dense = clone(analysis.graph).eval()
     modes = {module: module.training for module in pruned.modules()}

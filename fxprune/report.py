@@ -11,7 +11,9 @@ from pydantic import TypeAdapter
 
 from . import rendered
 from .causes import Cause
+from .compensation import Compensation
 from .layers import LayerRow, Scores
+from .targets import Reached
 from .verifier import Verification
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     verification: Verification | None = None
+    targets: tuple[Reached, ...] = ()
+    compensation: Compensation | None = None
 
     @property
     def channels(self) -> tuple[int, int]:
@@ -134,6 +138,8 @@ class Report:
             _change("MACs", *self.macs),
             f"  verified    {self.verification or 'no'}",
         ]
+        lines += [f"  target      {each}" for each in self.targets]
+        lines += [f"  fitted      {self.compensation}"] if self.compensation else []
         lines += [f"  warning     {text}" for text in self.warnings]
         if self.causes:
             lines.append("  less than half of the channels could go, mostly because of")
