@@ -124,8 +124,8 @@ def prune(
         loss: a function of (output, target) for criteria of gradients, a mean over items; default:
             cross-entropy for classes, squared error for targets shaped as the output.
         compensate: what is left of the network is fitted on `data` to what the original gave,
-            without training: "least_squares" (True), or "bias", constants alone. See
-            `fxprune.compensate`.
+            without training: "least_squares" (True) fits weights; "bias" constants alone;
+            "statistics" takes those of normalisations anew.
         squeeze: ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate; False
             (beside a recipe) leaves them alone.
         mixing: which ops may run on over fewer channels although their statistics change: "norms"

@@ -91,4 +91,3 @@ def arguments(graph: fx.GraphModule, batch: Batch) -> dict[fx.Node, Any]:
                 "go into a tuple: ((a, b), target)",
             )
     return found
-

@@ -10,7 +10,8 @@ steps of levels leave of the budget is filled up, and levels are exchanged as lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +19,10 @@ import numpy as np
 from .costs import Costs
 
 _ROUNDS, _HALVINGS, _FILLS, _TRIES = 8, 30, 400, 12
-_NEAR = 0.992  # of a target
+_STEPS = ((12, 6), (64, 2), (math.inf, 1))  # of so many choices, so many levels
+_NEAR = 0.99  # of a target
+
+Move = tuple[float, float, list[int]]  # share of the targets, minus the loss, levels
 
 
 @dataclass
@@ -57,7 +61,10 @@ def solve_for(choices: Sequence[Choice], costs: Costs, targets: Mapping[str, flo
     if state.over() <= 1:
         return state.solved([0] * len(choices), met=True)
     starts = ([0] * len(choices), _halfway(choices))
-    found = [state.solved(_near(state, _improved(state, _from(state, start))), met=True) for start in starts]
+    found = [
+        state.solved(_near(state, _improved(state, _from(state, start))), met=True)
+        for start in starts
+    ]
     best = min(found, key=lambda each: each.loss)
     state.go(best.levels)
     return best
@@ -90,6 +97,10 @@ class _State:
 
     def loss(self) -> float:
         return sum(float(c.loss[level]) for c, level in zip(self.choices, self.levels, strict=True))
+
+    def gain(self, f: int, level: int) -> float:
+        """How much less is lost at another level of a choice."""
+        return float(self.choices[f].loss[self.levels[f]] - self.choices[f].loss[level])
 
     def solved(self, levels: list[int], met: bool) -> Solved:
         self.go(levels)
@@ -129,7 +140,9 @@ def _from(state: _State, start: list[int]) -> list[int]:
     best: tuple[float, list[int]] | None = None
     for _ in range(_ROUNDS):
         each = [_weighed(slope, weights) for slope in state.slopes()]
-        slopes = each if slopes is None else [(a * b) ** 0.5 for a, b in zip(slopes, each, strict=True)]
+        slopes = (
+            each if slopes is None else [(a * b) ** 0.5 for a, b in zip(slopes, each, strict=True)]
+        )
         levels = _priced(state, slopes)
         loss = state.loss()
         if best is not None and levels == best[1]:
@@ -148,7 +161,7 @@ def _weighed(slope: Mapping[str, float], weights: Mapping[str, float]) -> float:
 
 
 def _priced(state: _State, slopes: list[float]) -> list[int]:
-    """The lowest price of cost at which the choices that are best at that price meet the targets."""
+    """The levels at the lowest price of cost at which the best choices meet the targets."""
     low, high = 0.0, 1.0
     while state.over() > 1 or low == 0.0:
         _choose(state, slopes, high)
@@ -181,101 +194,89 @@ def _choose(state: _State, slopes: list[float], price: float) -> None:
 
 
 def _improved(state: _State, levels: list[int]) -> list[int]:
-    """Give back the channels that are worth most for what they cost, as long as any fit."""
+    """Channels given back as long as any fit, and levels exchanged as long as less is lost."""
     state.go(levels)
     for _ in range(_FILLS):
-        step = _best_step(state)
-        if step is None:
+        up = _given_back(state)
+        if up is not None:
+            state.go(_moved(state.levels, *up))
+            continue
+        loss, levels = state.loss(), list(state.levels)
+        found = [each for each in _exchanges(state, levels) if -each[1] < loss - 1e-9 * abs(loss)]
+        if not found:
             break
-        moved = list(state.levels)
-        for f, level in step:
-            moved[f] = level
-        before = state.loss()
-        state.go(moved)
-        if state.over() > 1 or state.loss() >= before:
-            for f, _ in step:
-                moved[f] = levels[f]
-            state.go(levels)
-            break
-        levels = moved
-    return levels
+        state.go(max(found, key=lambda each: each[1])[2])
+    return list(state.levels)
+
+
+def _moved(levels: Sequence[int], f: int, by: int) -> list[int]:
+    return [level + by * (i == f) for i, level in enumerate(levels)]
+
+
+def _given_back(state: _State) -> tuple[int, int] | None:
+    """The choice whose next channel is worth most for its cost, of those that fit."""
+    total = state.costs.total()
+    room = {kind: 1 - total[kind] / max(t, 1e-9) for kind, t in state.targets.items()}
+    best, most = None, 0.0
+    for f, here in enumerate(state.levels):
+        if here:
+            cost = {k: -s for k, s in state.saved(f, here - 1).items()}
+            worth = state.gain(f, here - 1) / max(*cost.values(), 1e-12)
+            if worth > most and all(cost[k] <= room[k] + 1e-12 for k in room):
+                best, most = (f, -1), worth
+    return best
+
+
+def _exchanges(state: _State, levels: list[int]) -> list[Move]:
+    """All that is within the targets where one choice went up and another down, by a few levels."""
+    found: list[Move] = []
+    steps = _steps(len(levels))
+    for f, up in _ups(state, steps):
+        state.go(_moved(levels, f, -up))
+        found += _downs(state, f, steps)
+    state.go(levels)
+    return found
+
+
+def _steps(count: int) -> int:
+    """How many levels are tried: fewer of many choices."""
+    return next(steps for most, steps in _STEPS if count <= most)
 
 
 def _near(state: _State, levels: list[int]) -> list[int]:
-    """Where more than a percent of the budget is left because no channel fits: take one more that is
-    too much, and others away, if that comes nearer."""
+    """Where more than a percent of the budget is left because no single channel fits: the exchange
+    that loses least of those that spend it, if there are any."""
     state.go(levels)
-    used = state.over()
-    for f in _by_worth(state) if used < _NEAR else ():
+    if state.over() < _NEAR:
+        near = [move for move in _exchanges(state, levels) if move[0] >= _NEAR]
+        levels = max(near, key=lambda each: each[1])[2] if near else levels
         state.go(levels)
-        if state.levels[f] == 0:
-            continue
-        state.go([level - (i == f) for i, level in enumerate(levels)])
-        if _taken_away(state, but=f) and state.over() > used:
-            levels, used = list(state.levels), state.over()
-        if used >= _NEAR:
-            break
-    state.go(levels)
     return levels
 
 
-def _by_worth(state: _State) -> list[int]:
-    """Choices that have lost channels, the one of the best next channel first."""
+def _ups(state: _State, steps: int) -> list[tuple[int, int]]:
+    """A few levels up for each choice; of many choices, those worth most for their cost."""
     worth = {}
-    for f, choice in enumerate(state.choices):
-        here = state.levels[f]
+    for f, here in enumerate(state.levels):
         if here:
             cost = max((-s for s in state.saved(f, here - 1).values()), default=0.0)
-            worth[f] = float(choice.loss[here] - choice.loss[here - 1]) / max(cost, 1e-12)
-    return sorted(worth, key=lambda f: -worth[f])[:_TRIES]
+            worth[f] = state.gain(f, here - 1) / max(cost, 1e-12)
+    first = sorted(worth, key=lambda f: -worth[f])[:_TRIES]
+    return [(f, up) for f in first for up in range(1, steps + 1) if state.levels[f] >= up]
 
 
-def _taken_away(state: _State, but: int) -> bool:
-    """Remove the channels of least loss for what they cost until the targets are met."""
-    for _ in range(_FILLS):
-        over = state.over() - 1
-        if over <= 0:
-            return True
-        best, worth = None, 0.0
-        for f, choice in enumerate(state.choices):
-            here = state.levels[f]
-            if f == but or here + 1 >= len(choice):
-                continue
-            saved = min(max(state.saved(f, here + 1).values()), over)
-            each = saved / max(float(choice.loss[here + 1] - choice.loss[here]), 1e-12)
-            if each > worth:
-                best, worth = f, each
-        if best is None:
-            return False
-        state.go([level + (i == best) for i, level in enumerate(state.levels)])
-    return False
-
-
-def _best_step(state: _State) -> list[tuple[int, int]] | None:
-    """The move of one choice up that gains most importance for its cost and fits; or of two, one up
-    and one down, that fits and gains."""
-    total = state.costs.total()
-    room = {kind: 1 - total[kind] / max(t, 1e-9) for kind, t in state.targets.items()}
-    ups, downs = [], []
-    for f, choice in enumerate(state.choices):
-        here = state.levels[f]
-        if here > 0:
-            gain = float(choice.loss[here] - choice.loss[here - 1])
-            ups.append((f, here - 1, gain, {k: -s for k, s in state.saved(f, here - 1).items()}))
-        if here + 1 < len(choice):
-            pain = float(choice.loss[here + 1] - choice.loss[here])
-            downs.append((f, here + 1, pain, state.saved(f, here + 1)))
-    fits = [up for up in ups if up[2] > 0 and all(up[3][k] <= room[k] + 1e-12 for k in room)]
-    if fits:
-        best = max(fits, key=lambda up: up[2] / max(max(up[3].values()), 1e-12))
-        return [(best[0], best[1])]
-    pairs = (
-        (up[2] - down[2], up, down)
-        for up in ups
-        for down in downs
-        if up[0] != down[0]
-        and up[2] - down[2] > 1e-12 * abs(up[2])
-        and all(up[3][k] - down[3][k] <= room[k] - 1e-9 for k in room)
-    )
-    swap = max(pairs, key=lambda each: each[0], default=None)
-    return None if swap is None else [swap[1][:2], swap[2][:2]]
+def _downs(state: _State, but: int, steps: int) -> Iterator[Move]:
+    """How near the targets one choice a few levels down comes, where they hold; with minus the
+    loss, and the levels."""
+    total, loss, levels = state.costs.total(), state.loss(), list(state.levels)
+    if state.over() <= 1:
+        yield state.over(), -loss, levels
+    for g, choice in enumerate(state.choices):
+        for down in range(1, steps + 1) if g != but else ():
+            there = levels[g] + down
+            if there >= len(choice):
+                break
+            saved = state.saved(g, there)
+            over = max(total[k] / max(t, 1e-9) - saved[k] for k, t in state.targets.items())
+            if over <= 1:
+                yield over, -loss + state.gain(g, there), _moved(levels, g, down)

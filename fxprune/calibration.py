@@ -189,7 +189,7 @@ class _Watched(fx.Interpreter):
     def measure(self, batch: Batch) -> None:
         self.size = len(batch)
         wants_gradients = not self.needs.isdisjoint(("gates", "gradients"))
-        given = arguments(self.module, batch)  # type: ignore[arg-type]
+        given = arguments(self.module, batch)
         try:
             with torch.set_grad_enabled(wants_gradients):
                 output = self.run(*given.values())
@@ -254,7 +254,9 @@ class _Watched(fx.Interpreter):
         loss = self.loss(output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise OptionError(f"loss gives {kind}", hint="a tensor of one number, a mean over items")
+            raise OptionError(
+                f"loss gives {kind}", hint="a tensor of one number, a mean over items"
+            )
         if not loss.requires_grad:
             raise ModelError("the loss does not depend on any channel that could go")
         params = {n: p for n, p in self.module.named_parameters() if p.requires_grad}
@@ -344,6 +346,7 @@ def _reduced(value: Tensor) -> Tensor:
 
 
 # -- the loss --------------------------------------------------------------------------------------
+
 
 def default_loss(output: Any, target: Any) -> Tensor:
     """Cross-entropy for classes, the mean squared difference for targets like the output."""

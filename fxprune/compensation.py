@@ -6,16 +6,19 @@ what comes in is what the pruned network, fitted so far, really gives it (He et 
 Pruning for Accelerating Very Deep Neural Networks). So errors do not add up unseen. The constant
 part of what is missing goes into the layer's bias, or the mean of the normalisation behind it:
 for channels that are constant that part is all there is.
+
+Which layers are linear in a weight, what is added to them and which operands of a normalisation are
+its statistics, is read off the rules; nothing here knows an op.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from .analysis import Analysis
 from .batches import batches
@@ -26,7 +29,8 @@ from .linear import Linear, Problem, linear
 from .stepping import Stepper
 from .widths import Widths
 
-Compensate = Literal["bias", "least_squares"]
+Compensate = Literal["least_squares", "bias", "statistics"]
+WAYS: tuple[Compensate, ...] = ("least_squares", "bias", "statistics")
 Progress = Callable[[str, float], None]
 _RIDGE = 1e-4
 
@@ -46,6 +50,8 @@ class Compensation:
     def __str__(self) -> str:
         last = [f"{before:.3g} to {after:.3g}" for before, after in self.fitted.values()][-1:]
         error = f"; the last one's error from {last[0]}" if last else ""
+        if self.how == "statistics":
+            return f"{len(self.statistics)} normalisations' statistics on {self.items} items"
         skipped = f", {len(self.skipped)} left as they are" if self.skipped else ""
         return (
             f"{len(self.fitted)} layers by {self.how.replace('_', ' ')} on {self.items} items"
@@ -57,8 +63,8 @@ def check_compensate(given: Any) -> Compensate | None:
     """Which compensation is meant; `OptionError` for what is none."""
     if given in (None, False):
         return None
-    found = "least_squares" if given is True else given
-    check_choice("compensate", found, ("least_squares", "bias"))
+    found: Any = "least_squares" if given is True else given
+    check_choice("compensate", found, WAYS)
     return found
 
 
@@ -69,7 +75,6 @@ def compensate(
     kept: Tensor,
     data: Any,
     how: Compensate = "least_squares",
-    statistics: bool = True,
     progress: Progress | None = None,
     ridge: float = _RIDGE,
 ) -> Compensation:
@@ -84,7 +89,7 @@ def compensate(
     modes = {module: module.training for module in pruned.modules()}
     pruned.eval()
     try:
-        fit = _Fit(analysis, dense, pruned, kept, found, how, statistics, ridge)
+        fit = _Fit(analysis, dense, pruned, kept, found, how, ridge)
         fit.run(progress)
     finally:
         for module, mode in modes.items():
@@ -93,8 +98,8 @@ def compensate(
 
 
 class _Fit:
-    def __init__(self, analysis, dense, pruned, kept, data, how, statistics, ridge):
-        self.analysis, self.how, self.ridge, self.statistics = analysis, how, ridge, statistics
+    def __init__(self, analysis, dense, pruned, kept, data, how, ridge):
+        self.analysis, self.how, self.ridge = analysis, how, ridge
         self.widths = Widths(analysis.flow, kept)
         self.dense, self.small = Stepper(dense, data), Stepper(pruned, data)
         self.old = {node.name: node for node in analysis.graph.graph.nodes}
@@ -128,12 +133,16 @@ class _Fit:
     def _fit(self, node: fx.Node) -> None:
         use = self.analysis.flow.uses.get(self.old[node.name])
         if use is not None:
-            how = linear(use)
-            if how is not None and len(self.readers.get(how.param, ())) == 1:
+            how = linear(use) if self.how != "statistics" else None
+            if how is not None and self._is_alone(how.param):
                 self._fit_layer(node, how)
-            elif self.statistics and use.rule.variance:
+            elif self.how == "statistics" and use.rule.variance in use.params:
                 self._take_statistics(node, use)
         self.dense.forget(self.at)
+
+    def _is_alone(self, param: str) -> bool:
+        """Whether one node alone reads a parameter: what suits one may not suit another."""
+        return len(self.readers.get(param, ())) == 1
 
     def _fit_layer(self, node: fx.Node, how: Linear) -> None:
         name = how.param.rpartition(".")[0] or how.param
@@ -166,7 +175,12 @@ class _Fit:
             output = self.small.once(node, env)
             problem = problem or Problem(how, self.small, node, weight, output)
             columns = problem.columns(env) if self.how == "least_squares" else None
-            sums.add(columns, problem.of_output(target - output), problem.of_output(target), shift is not None)
+            sums.add(
+                columns,
+                problem.of_output(target - output),
+                problem.of_output(target),
+                shift is not None,
+            )
         assert problem is not None
         step, left = sums.solve(self.ridge)
         if self.how == "least_squares":
@@ -188,19 +202,16 @@ class _Fit:
         return None
 
     def _take_statistics(self, node: fx.Node, use: Any) -> None:
+        """The mean and variance of what a normalisation is given."""
         rule, params = use.rule, use.params
-        if rule.mean not in params or rule.variance not in params:
+        if rule.mean not in params or not self._is_alone(params[rule.mean]):
             return
-        source = node.all_input_nodes[0]
         (letter,) = use.binding.inputs[rule.operands.index(rule.mean)][0]
         dim = next(d for d, names in enumerate(use.binding.inputs[0]) if letter in names)
-        count, total, square = 0, 0.0, 0.0
-        for env in self.small.values:
-            rows = env[source].movedim(dim, -1).reshape(-1, env[source].shape[dim]).double()
-            count, total, square = count + len(rows), total + rows.sum(0), square + rows.square().sum(0)
-        mean = total / count
-        self.tensors[params[rule.mean]].copy_(mean)
-        self.tensors[params[rule.variance]].copy_((square / count - mean.square()).clamp_min(0))
+        given = [env[node.all_input_nodes[0]] for env in self.small.values]
+        rows = torch.cat([x.movedim(dim, -1).reshape(-1, x.shape[dim]) for x in given])
+        self.tensors[params[rule.mean]].copy_(rows.double().mean(0))
+        self.tensors[params[rule.variance]].copy_(rows.double().var(0, correction=0))
         self.done.statistics.append(params[rule.mean].rpartition(".")[0])
 
 

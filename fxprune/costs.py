@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from .analysis import Analysis
 from .ids import Slot
+from .letters import DimsUse
 
 Cost = Callable[[Tensor], float]  # of the mask of kept ids
 
@@ -30,7 +33,11 @@ def macs_terms(analysis: Analysis) -> Iterator[Term]:
     for use in analysis.flow.uses.values():
         if use.rule.macs:
             ids = [named.ids for named in use.layers]
-            yield Term(lambda kept, use=use: use.macs(kept) / batch, _channels(channel, ids))
+            yield Term(partial(_macs, use, batch), _channels(channel, ids))
+
+
+def _macs(use: DimsUse, batch: int, kept: Tensor) -> float:
+    return use.macs(kept) / batch
 
 
 def params_terms(analysis: Analysis) -> Iterator[Term]:
@@ -39,9 +46,9 @@ def params_terms(analysis: Analysis) -> Iterator[Term]:
     for name, tensor in analysis.tensors.items():
         if isinstance(tensor, nn.Parameter):
             slots = analysis.flow.ids.slots.get(name, [])
-            size = tuple(tensor.shape)
             ids = [slot.ids for slot in slots]
-            yield Term(lambda k, s=slots, z=size: _elements(s, z, k), _channels(channel, ids))
+            count = partial(_elements, slots, tuple(tensor.shape))
+            yield Term(count, _channels(channel, ids))
 
 
 def _channels(channel: np.ndarray, ids: list[Tensor]) -> np.ndarray:
@@ -73,7 +80,7 @@ class Costs:
         channel = analysis.all_groups.channel
         order = np.argsort(channel, kind="stable")
         ends = np.searchsorted(channel[order], np.arange(int(channel.max()) + 2))
-        self._ids = [order[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        self._ids = [order[a:b] for a, b in pairwise(ends)]
         self.kept = np.ones(len(self._ids), bool)
         self.ids = torch.ones(len(channel), dtype=torch.bool)
         self.terms = terms

@@ -106,9 +106,7 @@ def _names_of(analysis: Analysis, option: str, item: Any) -> tuple[set[str], boo
     return names, False
 
 
-def check_patterns(
-    analysis: Analysis, rates: Mapping[str, float], option: str = "rates"
-) -> None:
+def check_patterns(analysis: Analysis, rates: Mapping[str, float], option: str = "rates") -> None:
     """Raise `OptionError` for a pattern of an option that matches no layer with channels."""
     names = {name for group in analysis.groups for name in layer_names(group)}
     for pattern in rates:

@@ -50,7 +50,9 @@ class Linear:
     @property
     def out_dim(self) -> int:
         """The dim of the output that the weight makes."""
-        return next(d for d, names in enumerate(self.use.binding.output) if set(names) & {*self.made})
+        return next(
+            d for d, names in enumerate(self.use.binding.output) if set(names) & {*self.made}
+        )
 
 
 def linear(use: DimsUse) -> Linear | None:
@@ -64,7 +66,9 @@ def linear(use: DimsUse) -> Linear | None:
         return None
     weight = weights[0]
     other = next(i for i in factors if i != weight)
-    w, x, y = (_letters(dims) for dims in (binding.inputs[weight], binding.inputs[other], binding.output))
+    w, x, y = (
+        _letters(dims) for dims in (binding.inputs[weight], binding.inputs[other], binding.output)
+    )
     made = tuple(n for n in w if n in y and n not in x)
     homes = [names for names in binding.output if set(names) & {*made}]
     plain = len(homes) == 1 and all(n in w for n in homes[0])
@@ -182,7 +186,9 @@ class Problem:
         laid = _laid(output, how.use.binding.output, rows, (*self.rows, *how.blocks, *how.made))
         return laid.reshape(-1, self.size(how.blocks), count)
 
-    def _ones(self, eye: Tensor, sizes: Mapping[str, int], along: Sequence[str], count: int) -> Tensor:
+    def _ones(
+        self, eye: Tensor, sizes: Mapping[str, int], along: Sequence[str], count: int
+    ) -> Tensor:
         """A weight that is an identity over the letters `along`, the same for all others."""
         dims = self._weight_dims()
         letters = _letters(dims)

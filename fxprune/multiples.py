@@ -2,8 +2,8 @@
 
 Matrix kernels work on blocks of channels, and a block that is not full takes as long as one that
 is: 16 float32 channels with AVX-512 and 8 with AVX2 or NEON (the blocked layouts of oneDNN), 8
-channels of two bytes and 4 of four on tensor cores (NVIDIA, Deep Learning Performance Guide). Narrow
-layers get finer steps, or nothing could go.
+channels of two bytes and 4 of four on tensor cores (NVIDIA, Deep Learning Performance Guide).
+Narrow layers get finer steps, or nothing could go.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def _by_kind(groups: Groups, scores: Mapping[int, np.ndarray]) -> dict[int, np.n
     kinds: dict[tuple, list[int]] = {}
     for i in scores:
         kinds.setdefault(_kind(groups.groups[i]), []).append(i)
-    found = {}
+    found: dict[int, np.ndarray] = {}
     for own in kinds.values():
         flat = np.concatenate([scores[i] / (scores[i].mean() or 1.0) for i in own])
         order = np.argsort(flat, kind="stable")
@@ -63,7 +63,7 @@ def _by_kind(groups: Groups, scores: Mapping[int, np.ndarray]) -> dict[int, np.n
 
 
 def _kind(group: Group) -> tuple:
-    """What makes groups alike: the roles and places of their members, and the ops that read them."""
+    """What makes groups alike: the roles and places of their members, and the ops they are in."""
     return tuple(sorted((m.role, m.dim, m.blocks > 1, _op(m.node)) for m in group.members))
 
 

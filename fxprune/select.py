@@ -1,7 +1,7 @@
 """Step `select`: which channels stay.
 
 Channels are chosen by score within each group (``scope="local"``) or over all (``"global"``), or so
-that a budget is met at the least loss of importance (``"knapsack"``), under the constraints of flow:
+that a budget is met at the least loss of importance ("knapsack"), under the constraints of flow:
 equal counts in the blocks of a grouped layer, at least one channel of each piece. Equal scores are
 broken by position, so every machine chooses the same.
 """
@@ -84,7 +84,7 @@ def select(
     options: Options,
     costs: Costs | None = None,
 ) -> Selection:
-    """Choose the channels to keep of every group in `groups`. A knapsack needs to know the costs."""
+    """Choose the channels to keep of every group in `groups`; a knapsack needs the costs."""
     if options.rule == "knapsack":
         assert costs is not None
         return _knapsack(groups, scores, options, costs)

@@ -69,8 +69,8 @@ def criterion(
 
     A function of ``kind="set"`` takes the group and the number of channels to keep. `needs` says
     what of data it reads: "gates" and "gradients" (of a loss), "values", "ranks", "grams" (of
-    activations); see `fxprune.criteria.Slices`. `comparable` scores mean the same in all groups, and
-    their sums are what is lost.
+    activations); see `fxprune.criteria.Slices`. `comparable` scores mean the same in all groups,
+    and their sums are what is lost.
     """
     unknown = [each for each in needs if each not in NEEDS]
     if isinstance(needs, str) or unknown:

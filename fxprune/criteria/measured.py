@@ -1,7 +1,7 @@
 """Criteria of what data does in the network: activations, and the gradients of a loss.
 
-They need ``data=``, and those of gradients a loss (see `fxprune.prune`). All look at a channel where
-layers read it, behind activations and gates.
+They need ``data=``, and those of gradients a loss (see `fxprune.prune`). All look at a channel
+where layers read it, behind activations and gates.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def taylor(group: Slices) -> Scores:
 
 @criterion("fisher", needs=("gates",), comparable=True)
 def fisher(group: Slices) -> Scores:
-    """Mean of (d loss / d gate)² over items: the diagonal of the empirical Fisher information, which
-    stands for the loss's curvature (LeCun et al. 1989, Optimal Brain Damage; Theis et al. 2018; for
-    coupled channels Liu et al. 2021, Group Fisher Pruning)."""
+    """Mean of (d loss / d gate)² over items: the diagonal of the empirical Fisher information,
+    which stands for the loss's curvature (LeCun et al. 1989, Optimal Brain Damage; Theis et al.
+    2018, Faster Gaze Prediction; Liu et al. 2021, Group Fisher Pruning, for coupled channels)."""
     return group.gate("square")
 
 

@@ -1,0 +1,291 @@
+"""Accuracy after pruning, beside Torch-Pruning: as pruned, and after the same short fine-tuning.
+
+    python -m benchmarks.accuracy --cifar FOLDER --fashion FOLDER --cache FOLDER [--tasks resnet20]
+    python -m benchmarks.accuracy --table            # the tables of what was measured so far
+
+Each task is a trained network (`benchmarks/accuracy_data.py`). It is pruned to 70, 50 and 30 % of
+its multiply-accumulates by each way of both tools, from the same calibration images. All ways are
+measured as pruned, with no training, on held-out images. The `--best` of the other tool's there go
+on to the test images, and so does the best of ours: as pruned, and after `--steps` of fine-tuning
+with the same images in the same order. The unpruned network is fine-tuned alike. A seed draws the
+calibration images and the order of the training images.
+
+Rows are kept as they come (``--output``, JSON lines), so a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fxprune
+
+from . import accuracy_peer as peer
+from .accuracy_data import TASKS, Folders, Split, Task, fit, part, task
+
+SHARES = (0.7, 0.5, 0.3)
+OURS: dict[str, dict[str, Any]] = {
+    "fisher, fitted": {"criterion": "fisher", "compensate": True},
+    "fisher": {"criterion": "fisher"},
+    "reconstruction, fitted": {"criterion": "reconstruction", "compensate": True},
+    "l2, local, fitted": {"criterion": "l2", "scope": "local", "compensate": True},
+}
+BEST = "fisher, fitted"
+HELD_OUT, TEST = 2000, 5000  # images
+STEPS = {"resnet20": 100, "resnet56": 60, "fashion": 100, "pitch": 40}
+Row = dict[str, Any]
+
+
+class Run:
+    """One task; `rows` are what was measured, of all tasks."""
+
+    def __init__(self, args: argparse.Namespace, name: str):
+        self.args, self.name, self.file = args, name, args.output
+        self.task: Task = task(name, Folders(args.cifar, args.fashion, args.cache))
+        self.steps = STEPS[name] if args.steps is None else args.steps
+        self.held_out, self.test = part(self.task.held_out, HELD_OUT), part(self.task.test, TEST)
+        self.rows = read(self.file)
+
+    def calibration(self, seed: int) -> list[Split]:
+        x, y = self.task.train
+        generator = torch.Generator().manual_seed(100 + seed)
+        chosen = torch.randperm(len(x), generator=generator)[: self.args.calibration]
+        return list(self.task.batches((x[chosen], y[chosen]), 64))
+
+    # -- pruning ---------------------------------------------------------------------------------
+
+    def ours(self, way: str, share: float, seed: int) -> nn.Module:
+        options = {"target": {"macs": share}, **OURS[way]}
+        data = self.calibration(seed)
+        return fxprune.prune(
+            self.task.model(), self.task.example, data=data, loss=self.task.loss, **options
+        )
+
+    def theirs(self, way: str, share: float, seed: int) -> nn.Module:
+        found = peer.ways(self.task.kept)[way]
+        data = self.calibration(seed)
+        return peer.prune(self.task.model(), found, self.task.example, share, data, self.task.loss)
+
+    def makers(self, share: float) -> Iterator[tuple[str, str, Callable[[int], nn.Module]]]:
+        for way in OURS:
+            yield "fxprune", way, lambda seed, way=way: self.ours(way, share, seed)
+        for way in peer.ways(self.task.kept):
+            if self.args.inner and self.task.kept and not way.endswith("inner"):
+                continue
+            yield "torch-pruning", way, lambda seed, way=way: self.theirs(way, share, seed)
+
+    # -- measuring -------------------------------------------------------------------------------
+
+    def whole(self) -> None:
+        seeds = range(self.args.seeds)
+        for seed in seeds:
+            self.measure("dense", "dense", 1.0, seed, lambda seed: self.task.model(), tuned=True)
+        for share in self.args.shares:
+            makers = {(tool, way): make for tool, way, make in self.makers(share)}
+            for (tool, way), make in makers.items():
+                self.measure(tool, way, share, 0, make, tuned=False)
+            chosen = [("fxprune", BEST), *self.best(share)]
+            for seed in seeds:
+                for tool, way in chosen:
+                    self.measure(tool, way, share, seed, makers[tool, way], tuned=True)
+
+    def best(self, share: float) -> list[tuple[str, str]]:
+        """The other tool's ways that are best on held-out data after pruning alone."""
+        own = [
+            row
+            for row in self.rows.values()
+            if row["task"] == self.name and row["share"] == share and row["seed"] == 0
+        ]
+        theirs = [row for row in own if row["tool"] == "torch-pruning" and "held_out" in row]
+        theirs.sort(key=lambda row: -row["held_out"])
+        return [("torch-pruning", row["way"]) for row in theirs[: self.args.best]]
+
+    def measure(
+        self,
+        tool: str,
+        way: str,
+        share: float,
+        seed: int,
+        make: Callable[[int], nn.Module],
+        tuned: bool,
+    ) -> None:
+        """Add a row, or to one, what is not known of it yet."""
+        key = (self.name, tool, way, share, seed)
+        row = self.rows.get(key, {})
+        if "problem" in row or ("after" if tuned else "held_out") in row:
+            return
+        start = time.perf_counter()
+        try:
+            model = make(seed)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}".partition("\n")[0]
+            return self.keep(key, {"problem": problem})
+        row = {"prune_s": time.perf_counter() - start, "left": self.left(model)}
+        row["held_out"] = self.task.accuracy(model, self.held_out)
+        if tuned:
+            row["before"] = self.task.accuracy(model, self.test)
+            fit(model, self.task, self.steps, seed)
+            row |= {"after": self.task.accuracy(model, self.test), "steps": self.steps}
+        self.keep(key, row)
+
+    def left(self, model: nn.Module) -> float:
+        return peer.macs(model, self.task.example) / peer.macs(self.task.model(), self.task.example)
+
+    def keep(self, key: tuple, row: Row) -> None:
+        names = ("task", "tool", "way", "share", "seed")
+        self.rows[key] = dict(zip(names, key, strict=True)) | row
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.rows[key]) + "\n")
+        print(json.dumps(self.rows[key]), flush=True)
+
+
+def read(file: Path) -> dict[tuple, Row]:
+    """The last row of each key."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {(r["task"], r["tool"], r["way"], r["share"], r["seed"]): r for r in rows}
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation in percent."""
+    if not values:
+        return ""
+    shown = f"{100 * statistics.mean(values):.1f}"
+    return f"{shown} ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else shown
+
+
+def tables(rows: dict[tuple, Row]) -> str:
+    """Markdown: for each task and share, what was fine-tuned, and the best as pruned."""
+    return "\n\n".join(
+        f"### {name}\n\n{_table([r for r in rows.values() if r['task'] == name])}"
+        for name in TASKS
+        if any(r["task"] == name for r in rows.values())
+    )
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [
+        "| MACs asked | tool | way | MACs left | held out | as pruned | fine-tuned | seeds |",
+        "|--:|---|---|--:|--:|--:|--:|--:|",
+    ]
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault((-row["share"], row["tool"], row["way"]), []).append(row)
+    order = sorted(groups, key=lambda k: (k[0], k[1], -_mean(groups[k], "after", "held_out")))
+    return "\n".join([*lines, *(_line(key, groups[key]) for key in order)])
+
+
+def _mean(rows: list[Row], *names: str) -> float:
+    for name in names:
+        found = [row[name] for row in rows if name in row]
+        if found:
+            return statistics.mean(found)
+    return -1.0
+
+
+def _line(key: tuple, rows: list[Row]) -> str:
+    share, tool, way = -key[0], key[1], key[2]
+    known = [row for row in rows if "held_out" in row]
+    if not known:
+        return f"| {share:.0%} | {tool} | {way} | | {rows[0]['problem']} | | | |"
+    left = statistics.mean(row["left"] for row in known)
+    cells = [spread([r[k] for r in known if k in r]) for k in ("held_out", "before", "after")]
+    return f"| {share:.0%} | {tool} | {way} | {left:.1%} | {' | '.join(cells)} | {len(known)} |"
+
+
+def plot(rows: dict[tuple, Row], file: Path) -> None:
+    """The best of each tool over the share of operations, as pruned and fine-tuned."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    names = [name for name in TASKS if any(r["task"] == name for r in rows.values())]
+    figure, axes = pyplot.subplots(2, len(names), figsize=(3.3 * len(names), 5.6), squeeze=False)
+    for column, name in enumerate(names):
+        own = [row for row in rows.values() if row["task"] == name and "before" in row]
+        for axis, what in zip(axes[:, column], ("before", "after"), strict=True):
+            _curves(axis, own, what)
+        axes[0, column].set_title(name)
+    axes[0, 0].set_ylabel("as pruned: accuracy, %")
+    axes[1, 0].set_ylabel("fine-tuned: accuracy, %")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)
+
+
+def _curves(axis: Any, rows: list[Row], what: str) -> None:
+    colours = {"fxprune": "#1a6fb5", "torch-pruning": "#c2571a"}
+    for tool, colour in colours.items():
+        points = dict(_best_by_share(rows, tool, what))
+        if points:
+            x = [100 * share for share in points]
+            mean = [100 * statistics.mean(values) for values in points.values()]
+            error = [100 * _deviation(values) for values in points.values()]
+            label = f"{tool}, its best way"
+            axis.errorbar(x, mean, error, color=colour, marker="o", capsize=3, label=label)
+    dense = [row[what] for row in rows if row["tool"] == "dense" and what in row]
+    if dense:
+        axis.axhline(100 * statistics.mean(dense), color="#777777", lw=1, ls="--", label="unpruned")
+    axis.set_xlabel("multiply-accumulates left, %")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.25)
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _best_by_share(rows: list[Row], tool: str, what: str) -> Iterator[tuple[float, list[float]]]:
+    for share in sorted({row["share"] for row in rows if row["tool"] == tool}):
+        ways: dict[str, list[float]] = {}
+        for row in rows:
+            if row["tool"] == tool and row["share"] == share and what in row:
+                ways.setdefault(row["way"], []).append(row[what])
+        if ways:
+            yield share, max(ways.values(), key=statistics.mean)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    here = Path(__file__).parent
+    parser.add_argument("--cifar", type=Path, help="folder of examples/prune_resnet_cifar.py")
+    parser.add_argument("--fashion", type=Path, help="folder of the *-ubyte.gz files")
+    parser.add_argument("--cache", type=Path, help="folder for what is made of the data")
+    parser.add_argument("--output", type=Path, default=here / "results" / "accuracy.jsonl")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, help="of fine-tuning; by default the task's own")
+    parser.add_argument("--calibration", type=int, default=1024, help="images")
+    parser.add_argument("--best", type=int, default=4, help="ways of the other tool to fine-tune")
+    parser.add_argument("--inner", action="store_true", help="of ways with two parts, this one")
+    parser.add_argument("--table", action="store_true", help="only print what was measured")
+    parser.add_argument("--plot", type=Path, help="write a picture of what was measured")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(1)
+    for name in () if args.table or args.plot else args.tasks:
+        Run(args, name).whole()
+    rows = read(args.output)
+    print(tables(rows))
+    if args.plot:
+        plot(rows, args.plot)
+
+
+if __name__ == "__main__":
+    main()
