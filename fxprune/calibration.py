@@ -30,6 +30,7 @@ from .linear import Linear, linear
 Loss = Callable[[Any, Any], Tensor]
 Progress = Callable[[str, float], None]
 _ROWS = 65536  # of a batch, at most, that go into a Gram matrix
+_WIDEST = 4096  # places that get one
 
 
 @dataclass(eq=False)
@@ -65,12 +66,17 @@ class Read:
         return varying[0] if len(varying) == 1 else None
 
     def places(self, group: Group) -> np.ndarray | None:
-        """Where a group's channels stand, each once; None where they do not."""
+        """(channels, places) where a group's channels stand; None where they do not, or not equally
+        often."""
         order = np.argsort(self.classes, kind="stable")
-        found = np.searchsorted(self.classes, group.channels, sorter=order)
-        at = order[np.minimum(found, len(order) - 1)]
-        once = len(np.unique(self.classes)) == len(self.classes)
-        return at if once and (self.classes[at] == group.channels).all() else None
+        first, last = (
+            np.searchsorted(self.classes, group.channels, side, sorter=order)
+            for side in ("left", "right")
+        )
+        count = int((last - first).max())
+        if not count or (last - first != count).any():
+            return None
+        return order[first[:, None] + np.arange(count)]
 
 
 @dataclass
@@ -85,7 +91,7 @@ class Calibration:
     items: int = 0
 
     def of(self, group: Group) -> list[tuple[Read, np.ndarray]]:
-        """The reads of a group's channels, with the places of its channels there."""
+        """The reads of a group's channels, with the (channels, places) of its channels there."""
         pairs = ((read, read.places(group)) for read in self.reads)
         return [(read, at) for read, at in pairs if at is not None]
 
@@ -306,7 +312,7 @@ def _sum_values(read: Read, value: Tensor, needs: frozenset[str], size: int) -> 
     def over(each: Tensor) -> Tensor:
         return (each.double().sum(fixed) if fixed else each.double()).reshape(-1)
 
-    if "values" in needs:
+    if "values" in needs or "grams" in needs:
         read.add("elements", torch.tensor(value.numel() / len(read.classes)))
         read.add("total", over(value))
         read.add("square", over(value.square()))
@@ -317,7 +323,7 @@ def _sum_values(read: Read, value: Tensor, needs: frozenset[str], size: int) -> 
         maps = maps.reshape(value.shape[0], len(read.classes), value.shape[read.dim + 1], -1)
         read.add("rank", torch.linalg.matrix_rank(maps.float()).double().sum(0))
         read.add("maps", torch.tensor(float(value.shape[0])))
-    if "grams" in needs and read.dim is not None:
+    if "grams" in needs and read.dim is not None and len(read.classes) <= _WIDEST:
         rows = value.movedim(read.dim, -1).reshape(-1, len(read.classes))
         rows = rows[:: -(-len(rows) // _ROWS)].float()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)

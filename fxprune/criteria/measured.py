@@ -56,8 +56,7 @@ def mean_activation(group: Slices) -> Scores:
 
 
 def _measured(group: Slices, name: str) -> Scores:
-    found = [read.sums[name][at] / read.sums["elements"] for read, at in group.reads]
-    return found or l2(group)
+    return [group.mean_of(read, at, name) for read, at in group.reads] or l2(group)
 
 
 @criterion("hrank", needs=("ranks",))
@@ -65,7 +64,7 @@ def hrank(group: Slices) -> Scores:
     """Mean rank of a channel's feature maps (Lin et al. 2020, HRank). Where no layer reads maps, by
     the filters' norms."""
     reads = [(read, at) for read, at in group.reads if "rank" in read.sums]
-    return [read.sums["rank"][at] / read.sums["maps"] for read, at in reads] or l2(group)
+    return [read.sums["rank"][at].mean(1) / read.sums["maps"] for read, at in reads] or l2(group)
 
 
 @criterion("reconstruction", needs=("grams",), comparable=True)
@@ -75,12 +74,21 @@ def reconstruction(group: Slices, *, ridge: float = 1e-4) -> Scores:
     go one by one, the one of least error first, and the others take over its part (after Luo et al.
     2017, ThiNet, and He et al. 2017; the greedy order and its score are ours).
 
-    Goes well with ``compensate``. Channels that no layer reads as one dim are scored by norms.
+    Goes well with ``compensate``. Where a layer reads several elements of a channel, as behind a
+    flatten, nothing makes up for it; channels that no layer reads with a weight are scored by norms.
     """
     problems = [_problem(group, read, at) for read, at in _with_grams(group)]
-    if not problems:
-        return l2(group)
-    return _elimination([(g, m / _energy(g, m)) for g, m in problems], ridge)
+    if problems:
+        return _elimination([(g, m / _energy(g, m)) for g, m in problems], ridge)
+    return [_alone(group, read, at) for read, at in group.reads if group.reader(read)] or l2(group)
+
+
+def _alone(group: Slices, read: Read, at: np.ndarray) -> Tensor:
+    """The share of a layer's output, were its inputs independent, that each channel makes."""
+    weights = group.whole_of(read).square().sum(1)
+    mean, square = (read.sums[n] / read.sums["elements"] for n in ("total", "square"))
+    made = (square - mean.square()).clamp_min(0) * weights
+    return made[at].sum(1) / made.sum().clamp_min(1e-30)
 
 
 @criterion("surgeon", needs=("grams", "gates"), comparable=True)
@@ -88,7 +96,7 @@ def surgeon(group: Slices, *, ridge: float = 1e-4) -> Scores:
     """As `reconstruction`, but each output's error counts by the mean square of the loss's gradient
     there, so that scores are changes of the loss and can be ranked over the whole network (after
     Hassibi & Stork 1993, Optimal Brain Surgeon, with the curvature of Martens & Grosse 2015, K-FAC;
-    the form for channels is ours). Channels that no layer reads as one dim are scored by `fisher`.
+    the form for channels is ours). Channels that no layer reads one by one are scored by `fisher`.
     """
     reads = _with_grams(group)
     if not reads or not all("steep" in read.sums for read, _ in reads):
@@ -98,7 +106,12 @@ def surgeon(group: Slices, *, ridge: float = 1e-4) -> Scores:
 
 
 def _with_grams(group: Slices) -> list[tuple[Read, np.ndarray]]:
-    return [(r, at) for r, at in group.reads if "gram" in r.sums and group.reader(r) is not None]
+    """Reads of one element a channel by a weight."""
+    return [
+        (read, at[:, 0])
+        for read, at in group.reads
+        if "gram" in read.sums and at.shape[1] == 1 and group.reader(read) is not None
+    ]
 
 
 def _problem(

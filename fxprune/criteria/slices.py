@@ -109,9 +109,13 @@ class Slices:
 
     @property
     def reads(self) -> list[tuple[Read, np.ndarray]]:
-        """Where layers read these channels, with the places of the channels there; see
+        """Where layers read these channels, with the (channels, places) of them there; see
         `fxprune.calibration.Read` for what was summed up (needs "values", "ranks" or "grams")."""
         return self.measured.of(self.group)
+
+    def mean_of(self, read: Read, at: np.ndarray, name: str) -> Tensor:
+        """(channels,) the mean over elements of what was summed up at a read."""
+        return read.sums[name][at].mean(1) / read.sums["elements"]
 
     def gradient_products(self, role: str) -> list[Tensor]:
         """(channels,) for each weight of a role, "out", "in" or "scale": |sum of weights times
@@ -140,6 +144,12 @@ class Slices:
         if sloped:
             weight = weight * self.measured.slope(read, member.param, weight).sqrt()
         return Slices(self.group, {member.param: weight}).of(member)
+
+    def whole_of(self, read: Read) -> Tensor:
+        """(places, elements) of the weight of a read, for all that it reads."""
+        member = self.reader(read)
+        assert member is not None
+        return self.whole(member).double().cpu()
 
     def _members(self, role: str) -> list[Member]:
         return [m for m in self.group.members if m.role == role]
