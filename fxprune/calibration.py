@@ -37,6 +37,7 @@ _WIDEST = 4096  # places that get one
 class Read:
     """One layer of ids of a value that a node contracts with a weight.
 
+    ``node`` and ``operand`` are of the graph that was run, ``origin`` is the node of the analysis.
     ``classes``: the channel number of each place along the ids. ``sums`` over the data, one number
     a place but for the Gram matrix:
 
@@ -53,6 +54,7 @@ class Read:
     layer: Layer
     classes: np.ndarray
     how: Linear | None = None
+    origin: fx.Node | None = None
     sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, name: str, value: Tensor) -> None:
@@ -149,7 +151,7 @@ def calibrate(
 def _reads(analysis: Analysis, graph: fx.GraphModule) -> Iterator[Read]:
     """Each layer of ids that a weight contracts; of groups that nothing contracts with a weight,
     those that leave the layers that make them."""
-    nodes = {node.name: node for node in graph.graph.nodes}
+    nodes = dict(zip(analysis.graph.graph.nodes, graph.graph.nodes, strict=True))
     flow, channel = analysis.flow, analysis.all_groups.channel
     seen: set[tuple[fx.Node, fx.Node, int]] = set()
     for group in analysis.all_groups.prunable:
@@ -163,7 +165,7 @@ def _reads(analysis: Analysis, graph: fx.GraphModule) -> Iterator[Read]:
                 seen.add((node, operand, number))
                 use = flow.uses.get(node)
                 how = linear(use) if use is not None else None
-                yield Read(nodes[node.name], nodes[operand.name], layer, classes, how)
+                yield Read(nodes[node], nodes[operand], layer, classes, how, node)
 
 
 def _contracted(analysis: Analysis, group: Group) -> list[tuple[fx.Node, fx.Node]]:

@@ -13,6 +13,7 @@ its statistics, is read off the rules; nothing here knows an op.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -103,6 +104,9 @@ class _Fit:
         self.widths = Widths(analysis.flow, kept)
         self.dense, self.small = Stepper(dense, data), Stepper(pruned, data)
         self.old = {node.name: node for node in analysis.graph.graph.nodes}
+        pairs = zip(analysis.graph.graph.nodes, dense.graph.nodes, strict=True)
+        self.copies = {copy: node.name for node, copy in pairs}
+        self.seen: set[str] = set()
         self.tensors = dict([*pruned.named_parameters(), *pruned.named_buffers()])
         self.readers = _readers(analysis)
         self.done = Compensation(how, sum(map(len, data)))
@@ -113,9 +117,10 @@ class _Fit:
         for number, node in enumerate(nodes):
             if progress:
                 progress("compensate", number / len(nodes))
-            if node.name in self.old and node.op != "output":
-                self._catch_up(waiting, node.name)
-                self._fit(node)
+            name = node.meta.get("was", "")
+            if name in self.old and name not in self.seen and node.op != "output":
+                self._catch_up(waiting, name)
+                self._fit(node, self.old[name])
             if node.op != "output":
                 self.small.step(node)
             self.small.forget(node)
@@ -126,38 +131,38 @@ class _Fit:
         for node in waiting:
             self.dense.step(node)
             self.at = node
-            if node.name == name:
+            self.seen.add(self.copies[node])
+            if self.copies[node] == name:
                 return
             self.dense.forget(node)
 
-    def _fit(self, node: fx.Node) -> None:
-        use = self.analysis.flow.uses.get(self.old[node.name])
+    def _fit(self, node: fx.Node, old: fx.Node) -> None:
+        use = self.analysis.flow.uses.get(old)
         if use is not None:
             how = linear(use) if self.how != "statistics" else None
             if how is not None and self._is_alone(how.param):
-                self._fit_layer(node, how)
+                self._fit_layer(node, old, how)
             elif self.how == "statistics" and use.rule.variance in use.params:
                 self._take_statistics(node, use)
         self.dense.forget(self.at)
 
     def _is_alone(self, param: str) -> bool:
         """Whether one node alone reads a parameter: what suits one may not suit another."""
-        return len(self.readers.get(param, ())) == 1
+        return self.readers.get(id(self.analysis.tensors[param])) == 1
 
-    def _fit_layer(self, node: fx.Node, how: Linear) -> None:
+    def _fit_layer(self, node: fx.Node, old: fx.Node, how: Linear) -> None:
         name = how.param.rpartition(".")[0] or how.param
-        target = self._targets(node, how)
+        target = self._targets(old, how)
         if target is None:
             self.done.skipped[name] = "what it should give is not known"
             return
         try:
-            self._solve(node, how, target, name)
+            self._solve(node, old, how, target, name)
         except (RuleError, RuntimeError) as error:
             self.done.skipped[name] = str(error).partition("\n")[0]
 
-    def _targets(self, node: fx.Node, how: Linear) -> list[Tensor] | None:
+    def _targets(self, old: fx.Node, how: Linear) -> list[Tensor] | None:
         """What the original gives, of the channels that the pruned layer gives."""
-        old = self.old[node.name]
         value = self.analysis.flow.values[old]
         mask = self.widths.along(value, how.out_dim) if isinstance(value, Value) else None
         if mask is None:
@@ -167,9 +172,14 @@ class _Fit:
         outputs = [env[self.at] for env in self.dense.values]
         return outputs if whole else [t.index_select(how.out_dim, at.to(t.device)) for t in outputs]
 
-    def _solve(self, node: fx.Node, how: Linear, targets: list[Tensor], name: str) -> None:
+    def _solve(
+        self, node: fx.Node, old: fx.Node, how: Linear, targets: list[Tensor], name: str
+    ) -> None:
         weight = self.tensors[how.param]
-        shift = self._shift(node, how)
+        shift = self._shift(old, how)
+        if shift is None and self.how == "bias":
+            self.done.skipped[name] = "neither it nor a normalisation behind it has a constant"
+            return
         problem, sums = None, _Sums()
         for env, target in zip(self.small.values, targets, strict=True):
             output = self.small.once(node, env)
@@ -191,11 +201,11 @@ class _Fit:
             tensor += sign * step[:, -1].reshape(-1).to(tensor.dtype)
         self.done.fitted[name] = (sums.error, left)
 
-    def _shift(self, node: fx.Node, how: Linear) -> tuple[Tensor, int] | None:
+    def _shift(self, old: fx.Node, how: Linear) -> tuple[Tensor, int] | None:
         """The tensor that moves the layer's output by a constant a channel, and its sign."""
         if how.shift is not None:
             return self.tensors[how.shift], 1
-        users = list(self.old[node.name].users)
+        users = list(old.users)
         use = self.analysis.flow.uses.get(users[0]) if len(users) == 1 else None
         if use is not None and use.rule.mean in use.params:
             return self.tensors[use.params[use.rule.mean or ""]], -1
@@ -215,12 +225,16 @@ class _Fit:
         self.done.statistics.append(params[rule.mean].rpartition(".")[0])
 
 
-def _readers(analysis: Analysis) -> dict[str, set[fx.Node]]:
-    """Parameter -> the nodes that read it."""
-    found: dict[str, set[fx.Node]] = {}
-    for node, use in analysis.flow.uses.items():
-        for param in use.params.values():
-            found.setdefault(param, set()).add(node)
+def _readers(analysis: Analysis) -> Counter[int]:
+    """How many nodes read a tensor, by its identity: modules may share one, or run twice."""
+    graph, found = analysis.graph, Counter[int]()
+    modules = dict(graph.named_modules(remove_duplicate=False))
+    for node in graph.graph.nodes:
+        if node.op == "call_module":
+            module = modules[node.target]
+            found.update(id(t) for t in (*module.parameters(), *module.buffers()))
+        elif node.op == "get_attr":
+            found[id(node.meta["val"])] += len(node.users)
     return found
 
 
@@ -232,11 +246,13 @@ class _Sums:
         self.right: Any = 0.0
         self.residual = 0.0
         self.size = 0.0
+        self.constants = 0
 
     def add(self, columns: Tensor | None, residual: Tensor, target: Tensor, shifts: bool) -> None:
         rows, blocks, _ = residual.shape
         parts = [] if columns is None else [columns]
-        if shifts or columns is None:
+        self.constants = int(shifts)
+        if shifts:
             parts.append(residual.new_ones(rows, blocks, 1))
         x = torch.cat(parts, 2).transpose(0, 1)
         y = residual.transpose(0, 1)
@@ -253,8 +269,8 @@ class _Sums:
     def solve(self, ridge: float) -> tuple[Tensor, float]:
         """What to add to the weights, and the error that is left."""
         diagonal = self.gram.diagonal(dim1=1, dim2=2)
-        weight = ridge * diagonal.mean(1, keepdim=True) + 1e-12
-        damped = self.gram + torch.diag_embed(weight.expand_as(diagonal))
-        step = torch.linalg.solve(damped, self.right)
+        weight = (ridge * diagonal.mean(1, keepdim=True) + 1e-12).expand_as(diagonal).clone()
+        weight[:, diagonal.shape[1] - self.constants :] = 0  # a constant is not held back
+        step = torch.linalg.solve(self.gram + torch.diag_embed(weight), self.right)
         gain = 2 * (step * self.right).sum() - (step * (self.gram @ step)).sum()
         return step, (self.residual - float(gain)) / max(self.size, 1e-30)

@@ -73,6 +73,11 @@ class DimsUse:
                     yield name
 
 
+def operand_names(rule: Rule, count: int) -> list[str]:
+    """The names of a call's operands; numbers for those that the rule does not name."""
+    return [*rule.operands[:count], *map(str, range(len(rule.operands), count))]
+
+
 @dataclass
 class _Call:
     ids: Ids
@@ -128,7 +133,7 @@ def flow(
     found = (_passed(call, layers, named, mixed) for named in [*merged, *made])
     out = [layer for layer in found if layer]
     use = DimsUse(call.rule, call.binding, [*merged, *made], windows=call.windows)
-    for name, value in zip(call.rule.operands, call.values, strict=False):
+    for name, value in zip(operand_names(rule, len(values)), call.values, strict=True):
         if value is not None and value.param is not None:
             use.params[name] = value.param
     return out, use, mixed

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import RuleError
-from .letters import Dims, DimsUse
+from .letters import Dims, DimsUse, operand_names
 from .pattern import resized
 from .stepping import Stepper
 
@@ -40,12 +40,16 @@ class Linear:
 
     @property
     def param(self) -> str:
-        return self.use.params[self.use.rule.operands[self.weight]]
+        return self.use.params[self._names[self.weight]]
+
+    @property
+    def _names(self) -> list[str]:
+        return operand_names(self.use.rule, len(self.use.binding.inputs))
 
     @property
     def shift(self) -> str | None:
         """The parameter that is added."""
-        return None if self.added is None else self.use.params[self.use.rule.operands[self.added]]
+        return None if self.added is None else self.use.params[self._names[self.added]]
 
     @property
     def out_dim(self) -> int:
@@ -59,10 +63,11 @@ def linear(use: DimsUse) -> Linear | None:
     """How a node is linear in a weight; None where it is not, or in several."""
     binding, rule = use.binding, use.rule
     given = [i for i, dims in enumerate(binding.inputs) if dims is not None]
-    adds = [i for i in given if _name(rule, i) in rule.adds]
+    names = operand_names(rule, len(binding.inputs))
+    adds = [i for i in given if names[i] in rule.adds]
     factors = [i for i in given if i not in adds]
-    weights = [i for i in factors if _name(rule, i) in use.params]
-    if not rule.macs or len(factors) != 2 or len(weights) != 1 or len(adds) > 1:
+    weights = [i for i in factors if names[i] in use.params]
+    if len(factors) != 2 or len(weights) != 1 or len(adds) > 1:
         return None
     weight = weights[0]
     other = next(i for i in factors if i != weight)
@@ -72,8 +77,9 @@ def linear(use: DimsUse) -> Linear | None:
     made = tuple(n for n in w if n in y and n not in x)
     homes = [names for names in binding.output if set(names) & {*made}]
     plain = len(homes) == 1 and all(n in w for n in homes[0])
-    known = all(_name(rule, i) in use.params for i in adds)
-    if not plain or not known:
+    known = all(names[i] in use.params for i in adds)
+    contracted = tuple(n for n in w if n in x and n not in y)
+    if not plain or not known or not contracted:
         return None
     return Linear(
         use,
@@ -81,14 +87,10 @@ def linear(use: DimsUse) -> Linear | None:
         weight,
         adds[0] if adds else None,
         tuple(n for n in w if n in x and n in y),
-        tuple(n for n in w if n in x and n not in y),
+        contracted,
         tuple(n for n in w if n not in x and n not in y),
         made,
     )
-
-
-def _name(rule: Any, i: int) -> str:
-    return rule.operands[i] if i < len(rule.operands) else ""
 
 
 def _letters(dims: Dims | None) -> list[str]:

@@ -94,6 +94,7 @@ class Writer:
             self.call(node)
         if isinstance(self.env.get(node), fx.Node):
             self.env[node].meta["source"] = node.meta.get("source")
+            self.env[node].meta.setdefault("was", node.name)  # names may change in a new graph
 
     def mapped(self, args: Any, env: Mapping[fx.Node, Any] | None = None) -> Any:
         """Arguments with the old graph's nodes replaced by the new one's."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx
 
 from .batches import Batch, arguments
+from .errors import InputError, first_line
 
 
 class Stepper:
@@ -23,10 +24,14 @@ class Stepper:
         self.dying = _last_readers(graph.graph)
 
     def step(self, node: fx.Node) -> None:
-        """Run a node on every batch; all it reads must have been run."""
+        """Run a node on every batch; all it reads must have been run. `InputError` where it does
+        not run."""
         for env in self.values:
             if node.op != "placeholder":
-                env[node] = self.once(node, env)
+                try:
+                    env[node] = self.once(node, env)
+                except Exception as error:  # an op may raise anything
+                    raise _failed(node, error) from error
 
     def once(self, node: fx.Node, env: dict[fx.Node, Any]) -> Any:
         """What a node gives on one batch, which keeps nothing of it."""
@@ -38,6 +43,14 @@ class Stepper:
         for env in self.values:
             for each in self.dying.get(node, ()):
                 env.pop(each, None)
+
+
+def _failed(node: fx.Node, error: Exception) -> InputError:
+    return InputError(
+        f"the network does not run on a batch of data: {first_line(error)}",
+        details=[("node", f"%{node.name}")],
+        hint="a batch is inputs as in example_inputs, or a pair (inputs, target)",
+    )
 
 
 def _last_readers(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:

@@ -75,7 +75,7 @@ def reconstruction(group: Slices, *, ridge: float = 1e-4) -> Scores:
     2017, ThiNet, and He et al. 2017; the greedy order and its score are ours).
 
     Goes well with ``compensate``. Where a layer reads several elements of a channel, as behind a
-    flatten, nothing makes up for it; channels that no layer reads with a weight are scored by norms.
+    flatten, nothing makes up for it; channels that no weight reads are scored by norms.
     """
     problems = [_problem(group, read, at) for read, at in _with_grams(group)]
     if problems:

@@ -131,8 +131,7 @@ class Slices:
 
     def reader(self, read: Read) -> Member | None:
         """The weight by which a read's node contracts these channels."""
-        name = read.node.name
-        own = [m for m in self._members("in") if m.node is not None and m.node.name == name]
+        own = [m for m in self._members("in") if m.node is read.origin]
         return next((m for m in own if self.tensors[m.param].ndim > 1), None)
 
     def weights_of(self, read: Read, sloped: bool = False) -> Tensor:

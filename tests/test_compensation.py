@@ -1,0 +1,287 @@
+"""Compensation: exact where it can be, for every op that is linear in a weight; else nearer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import networks
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+import fxprune
+from fxprune.errors import FxpruneError, OptionError
+
+torch.set_num_threads(1)
+
+
+# -- exact: channels that others make up for -------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """A layer of eight channels of which the last four are mixtures of the others, then another."""
+
+    def __init__(self, consumer: nn.Module, dims: int = 2, behind: nn.Module | None = None):
+        super().__init__()
+        torch.manual_seed(0)
+        kind = {0: nn.Linear, 1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        self.make = kind(3, 8) if dims == 0 else kind(3, 8, 1)
+        with torch.no_grad():
+            mixture = torch.randn(4, 4)
+            for tensor in (self.make.weight, self.make.bias):
+                flat = tensor.reshape(8, -1)
+                flat[4:] = mixture @ flat[:4]
+            self.make.weight[4:] *= 1e-3  # the criterion takes these
+            self.make.bias[4:] *= 1e-3
+        self.consumer, self.behind = consumer, behind or nn.Identity()
+
+    def forward(self, x):
+        return self.behind(self.consumer(self.make(x)))
+
+
+class Functional(nn.Module):
+    def __init__(self, call, *shape: int, bias: int = 0):
+        super().__init__()
+        torch.manual_seed(1)
+        self.call, self.weight = call, nn.Parameter(torch.randn(*shape))
+        self.bias = nn.Parameter(torch.randn(bias)) if bias else None
+
+    def forward(self, x):
+        return (
+            self.call(x, self.weight) if self.bias is None else self.call(x, self.weight, self.bias)
+        )
+
+
+BN = nn.BatchNorm2d
+CONSUMERS = {
+    "conv": (nn.Conv2d(8, 5, 3), 2),
+    "conv, strided, padded": (nn.Conv2d(8, 5, 3, stride=2, padding=1, bias=False), 2),
+    "conv, dilated, reflecting": (
+        nn.Conv2d(8, 5, 3, padding=2, dilation=2, padding_mode="reflect"), 2,
+    ),
+    "conv 1x1": (nn.Conv2d(8, 5, 1), 2),
+    "conv1d": (nn.Conv1d(8, 5, 5, padding=2), 1),
+    "conv3d": (nn.Conv3d(8, 5, (1, 3, 2)), 3),
+    "transposed": (nn.ConvTranspose2d(8, 5, 3, stride=2, padding=1, output_padding=1), 2),
+    "linear": (nn.Linear(8, 5), 0),
+    "linear without bias": (nn.Linear(8, 5, bias=False), 0),
+    "F.conv2d": (Functional(lambda x, w, b: F.conv2d(x, w, b, padding=1), 5, 8, 3, 3, bias=5), 2),
+    "F.linear": (Functional(F.linear, 5, 8), 0),
+    "matmul": (Functional(torch.matmul, 8, 5), 0),
+    "einsum": (Functional(lambda x, w: torch.einsum("nchw,oc->nohw", x, w), 5, 8), 2),
+    "conv_tbc": (
+        Functional(
+            lambda x, w, b: torch.conv_tbc(x.permute(2, 0, 1).contiguous(), w, b, 1), 3, 8, 5, bias=5
+        ), 1,
+    ),
+}  # fmt: skip
+
+
+def inputs(dims: int, count: int = 64, seed: int = 3, side: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 3) if dims == 0 else (count, 3, *[side] * dims)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", CONSUMERS)
+def test_what_others_can_make_up_for_is_made_up_for(name):
+    consumer, dims = CONSUMERS[name]
+    model = Mixed(consumer, dims).double().eval()
+    x = inputs(dims)
+    plain = fxprune.prune(model, x[:2], rate=0.5, criterion="l1", ignore=["consumer*"])
+    fitted = fxprune.prune(
+        model,
+        x[:2],
+        rate=0.5,
+        criterion="l1",
+        ignore=["consumer*"],
+        data=[x[:40], x[40:]],
+        compensate=True,
+    )
+    assert fitted.fxprune.plan.kept == plain.fxprune.plan.kept
+    fresh = inputs(dims, seed=4)
+    with torch.no_grad():
+        wanted, found, before = model(fresh), fitted(fresh), plain(fresh)
+    scale = wanted.abs().max()
+    assert (found - wanted).abs().max() < 2e-3 * scale, fitted.fxprune.report.compensation
+    assert (before - wanted).abs().max() > 5 * (found - wanted).abs().max()
+    done = fitted.fxprune.report.compensation
+    assert "consumer" in done.fitted and not done.skipped
+
+
+def test_grouped_blocks_are_fitted_block_by_block():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 6, 3, groups=2, padding=1)).double()
+    with torch.no_grad():
+        for start in (0, 4):  # in each block of four the last two are mixtures of the first two
+            rows = slice(start, start + 2), slice(start + 2, start + 4)
+            mixture = torch.randn(2, 2, dtype=torch.float64)
+            model[0].weight[rows[1]] = 0.01 * torch.einsum(
+                "ij,j...->i...", mixture, model[0].weight[rows[0]]
+            )
+            model[0].bias[rows[1]] = 0.01 * mixture @ model[0].bias[rows[0]]
+            model[1].weight[:, 2:] *= 100
+    x = inputs(2)
+    options = {"rate": 0.5, "criterion": "l1", "ignore": ["1"], "reduce": "first"}
+    plain = fxprune.prune(model, x[:2], **options)
+    fitted = fxprune.prune(model, x[:2], data=[x], compensate=True, **options)
+    assert fitted.fxprune.report.channels[1] < fitted.fxprune.report.channels[0]
+    fresh = inputs(2, seed=4)
+    with torch.no_grad():
+        wanted = model(fresh)
+        errors = [(net(fresh) - wanted).abs().max() for net in (plain, fitted)]
+    assert errors[1] < 1e-2 * errors[0]
+
+
+# -- exact: channels that are constant -------------------------------------------------------------
+
+
+def constant(behind: nn.Module, bias: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 5, 3, bias=bias),
+        behind,
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        model[1].weight[::2] = 0
+        model[1].bias[::2] = torch.tensor([0.7, 1.5, 0.1, 3.0])
+    return model.eval()
+
+
+@pytest.mark.parametrize("how", ["bias", "least_squares"])
+@pytest.mark.parametrize(
+    ("behind", "bias"), [(nn.ReLU(), True), (nn.BatchNorm2d(5), False), (nn.BatchNorm2d(5), True)]
+)
+def test_constant_channels_go_without_a_trace(how, behind, bias):
+    model, x = constant(behind, bias), inputs(2)
+    options = {"criterion": "bn_gamma", "rate": 0.5, "ignore": ["3"]}
+    plain = fxprune.prune(model, x[:2], **options)
+    fitted = fxprune.prune(model, x[:2], data=[x], compensate=how, **options)
+    fresh = inputs(2, seed=4)
+    with torch.no_grad():
+        wanted = model(fresh)
+        assert (plain(fresh) - wanted).abs().max() > 0.1 * wanted.abs().max()
+        tolerance = 1e-9 if how == "bias" else 1e-3
+        assert (fitted(fresh) - wanted).abs().max() < tolerance * wanted.abs().max()
+
+
+def test_nothing_is_added_where_nothing_can_take_it():
+    """Without a bias or a normalisation behind it, a layer has no constant to change."""
+    model, x = constant(nn.ReLU(), False), inputs(2)
+    fitted = fxprune.prune(
+        model, x[:2], criterion="bn_gamma", rate=0.5, ignore=["3"], data=[x], compensate="bias"
+    )
+    plain = fxprune.prune(model, x[:2], criterion="bn_gamma", rate=0.5, ignore=["3"])
+    for (name, a), b in zip(fitted.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+# -- nearer ----------------------------------------------------------------------------------------
+
+
+def first(output):
+    return output if isinstance(output, Tensor) else pytree.tree_leaves(output)[0]
+
+
+@settings(deadline=None, max_examples=30)
+@given(networks())
+def test_random_networks_come_nearer_on_the_data_itself(drawn):
+    """To what the original gives; networks in which nothing can go aside."""
+    model = drawn.build()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(24, 3, 8, 8, generator=generator, dtype=torch.float64)
+    try:
+        plain = fxprune.prune(model, x[:2], rate=0.4)
+    except fxprune.errors.NothingToPrune:
+        return
+    fitted = fxprune.prune(model, x[:2], rate=0.4, data=[x[:12], x[12:]], compensate=True)
+    assert list(plain.state_dict()) == list(fitted.state_dict())
+    done = fitted.fxprune.report.compensation
+    for name, (before, after) in done.fitted.items():
+        assert after <= before * (1 + 1e-6) + 1e-9, name
+    with torch.no_grad():
+        wanted = first(model(x))
+        errors = [(first(net(x)) - wanted).square().mean() for net in (plain, fitted)]
+    assert torch.isfinite(errors[1])
+    assert errors[1] <= errors[0] * 1.5 + 1e-12
+
+
+def test_nothing_changes_where_nothing_goes():
+    model = fxprune.models.resnet20().double().eval()
+    x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    fitted = fxprune.prune(model, x[:2], rate=0.0, data=[x], compensate=True)
+    with torch.no_grad():
+        torch.testing.assert_close(fitted(x), model(x))
+
+
+def test_statistics_are_those_of_the_pruned_network():
+    model = fxprune.models.resnet20().double().eval()
+    x = torch.randn(16, 3, 32, 32, dtype=torch.float64)
+    fitted = fxprune.prune(model, x[:2], rate=0.5, data=[x[:9], x[9:]], compensate="statistics")
+    seen = {}
+    for name, module in fitted.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: seen.__setitem__(name, args[0])
+            )
+    with torch.no_grad():
+        fitted(x)
+    assert len(seen) == len(fitted.fxprune.report.compensation.statistics) == 19
+    for name, given_to in seen.items():
+        module = fitted.get_submodule(name)
+        torch.testing.assert_close(module.running_mean, given_to.mean((0, 2, 3)))
+        torch.testing.assert_close(
+            module.running_var, given_to.var((0, 2, 3), correction=0), rtol=1e-6, atol=1e-9
+        )
+
+
+def test_the_model_and_modes_are_as_before():
+    model = fxprune.models.resnet20().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x = torch.randn(8, 3, 32, 32)
+    fitted = fxprune.prune(model, x[:2], rate=0.5, data=[(x, torch.zeros(8))], compensate=True)
+    assert model.training and all(module.training for module in fitted.modules())
+    assert all(p.requires_grad and p.grad is None for p in fitted.parameters())
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_it_saves_and_loads(tmp_path):
+    model = fxprune.models.resnet20().eval()
+    x = torch.randn(8, 3, 32, 32)
+    fitted = fxprune.prune(model, x[:2], rate=0.5, data=[x], compensate=True)
+    fxprune.save(fitted, tmp_path / "small")
+    loaded = fxprune.load(tmp_path / "small")
+    assert torch.equal(loaded(x), fitted(x))
+    assert loaded.fxprune.report.compensation == fitted.fxprune.report.compensation
+
+
+def test_shared_weights_are_left_as_they_are():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.make, self.twice = nn.Linear(3, 8), nn.Linear(8, 8)
+            self.last = nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(self.twice(self.twice(self.make(x)).relu()))
+
+    model = Twice().double()
+    x = inputs(0)
+    fitted = fxprune.prune(model, x[:2], rate=0.5, data=[x], compensate=True)
+    assert set(fitted.fxprune.report.compensation.fitted) == {"make", "last"}
+
+
+@pytest.mark.parametrize(
+    ("options", "fault"),
+    [
+        ({"compensate": True}, "no data"),
+        ({"compensate": "all", "data": [torch.zeros(2, 3, 32, 32)]}, "compensate"),
+        ({"compensate": True, "data": [torch.zeros(2, 5, 32, 32)]}, "does not run"),
+    ],
+)
+def test_wrong_options(options, fault):
+    with pytest.raises(FxpruneError, match=fault):
+        fxprune.prune(fxprune.models.resnet20(), torch.zeros(1, 3, 32, 32), **options)
+    assert issubclass(OptionError, FxpruneError)
