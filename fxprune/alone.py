@@ -95,7 +95,7 @@ def params_of(analysis: Analysis, node: fx.Node) -> list[str]:
 def filled(like: Tensor, device: torch.device) -> Tensor:
     """A tensor of this shape, dtype and memory layout: random numbers in [0, 1), and zeros for
     what may be an index."""
-    order = sorted(range(like.ndim), key=lambda d: -like.stride(d))
+    order = _order(like)
     shape = [like.shape[d] for d in order]
     made = torch.zeros(shape, dtype=like.dtype, device=device)
     if like.is_floating_point() or like.is_complex():
@@ -124,11 +124,16 @@ def _narrowed(widths: Widths, node: fx.Node) -> Any:
 
 def _like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of another shape whose dims lie in memory in the same order."""
-    order = sorted(range(tensor.ndim), key=lambda d: -tensor.stride(d))
-    if 0 in tensor.stride():
-        order = list(range(tensor.ndim))
+    order = _order(tensor)
     made = torch.empty([shape[d] for d in order], dtype=tensor.dtype, device="meta")
     return made.permute([order.index(d) for d in range(tensor.ndim)])
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """Dims from the outermost in memory to the innermost."""
+    strides = tensor.stride()
+    dims = list(range(tensor.ndim))
+    return dims if 0 in strides else sorted(dims, key=lambda d: strides[d], reverse=True)
 
 
 # -- signatures ------------------------------------------------------------------------------------

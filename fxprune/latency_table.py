@@ -1,56 +1,36 @@
 """How long a network would take at other widths, from times of its ops on the user's device.
 
 Each op is measured alone over a grid of widths: along the channels that it reads, and along those
-that it makes. In between, times are interpolated linearly. What the network takes beside its ops is
-one factor, by which the unpruned network's time is what was measured.
+that it makes. In between, times are interpolated linearly. What a network takes is more than its
+ops take alone: caches are colder, calls cost Python's time. A factor, and a rest that does not
+depend on widths, are fitted to two whole networks: as it is, and with each width at one step.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 
-from .alone import Alone, params_of
 from .analysis import Analysis, analyze
 from .check import check_count, device_of, usable_device
-from .errors import InputError, OptionError, PlanError
-from .ids import Value
+from .errors import OptionError, PlanError
 from .inputs import batched, random_like
 from .latencies import Progress, _on, _settings, _unseen
-from .planning import kept_ids
-from .select import Options, select
+from .latency_grid import Entry, Grid
+from .rewrite import rewrite
 from .timings import Timings, default_folder, environment, timed_ms
-from .trees import has_tensors, leaves
 from .widths import RewriteError, Widths
 
-_CALL_S = 0.01  # seconds a call is measured for in each pass
-_WHOLE_S = 1.0  # and the whole network
-_PASSES = 2
-_FINE = 128  # channels; on wider axes, what a processor rounds widths up to is a small part
-_AXES = 2
-
-
-@dataclass(frozen=True)
-class Entry:
-    """The times of one node. ``axes`` are numbers of the table's axes, ``shares`` the widths that
-    were measured along each, ascending, as shares of its channels; ``ms`` holds a time for each
-    combination, those of the last axis beside each other."""
-
-    node: str
-    axes: tuple[int, ...]
-    shares: tuple[tuple[float, ...], ...]
-    ms: tuple[float, ...]
+_WHOLE_S = 1.0  # seconds that the whole network is measured for
 
 
 @dataclass(frozen=True)
@@ -62,8 +42,9 @@ class LatencyTable:
     ``count``        how many ids the analysis has
     ``axes``         channels that get fewer together: an id of each
     ``entries``      the times of each node
-    ``whole_ms``     what the unpruned network takes; 0 where it cannot be run
-    ``unmeasured``   nodes that cannot be run alone; the factor covers them
+    ``factor``       how much longer ops take in the network than alone
+    ``rest_ms``      what the network takes beside them
+    ``unmeasured``   nodes that cannot be run alone; factor and rest cover them
     """
 
     environment: Mapping[str, Any]
@@ -71,7 +52,8 @@ class LatencyTable:
     count: int
     axes: tuple[tuple[int, ...], ...]
     entries: tuple[Entry, ...]
-    whole_ms: float = 0.0
+    factor: float = 1.0
+    rest_ms: float = 0.0
     unmeasured: tuple[str, ...] = ()
 
     @classmethod
@@ -95,7 +77,7 @@ class LatencyTable:
             points: how many widths along each axis, in equal steps up to all channels; the least
                 possible one is added.
             budget_s: about how many seconds to measure for; every call is measured a few times,
-                however long that takes. By default about 0.06 s a call.
+                however long that takes. By default about 0.04 s a call.
             cache: folder of the times already known; by default ``FXPRUNE_CACHE``, or
                 ``~/.cache/fxprune``. Calls that are known are not measured again.
             progress: called with what is measured and the share that is done.
@@ -107,20 +89,20 @@ class LatencyTable:
         _check(analysis, batch, points, budget_s, threads)
         analysis = _at_batch(analysis, batch)
         where = usable_device(device) if device is not None else _device(analysis)
+        folder = Path(cache) if cache is not None else default_folder()
         with _settings({"": analysis.model}, threads):
-            dtype = str(_dtype(analysis)).removeprefix("torch.")
-            folder = Path(cache) if cache is not None else default_folder()
-            timings = Timings(where, environment(where, dtype), folder)
-            whole = _whole_ms(analysis, where, budget_s)
+            timings = Timings(where, environment(where, _dtype(analysis)), folder)
+            grid = Grid(analysis, timings, points, budget_s, progress or _unseen)
+            wholes = _Wholes(analysis, grid.one_step(), where, budget_s)
+            wholes.measure()
             try:
-                grid = _Grid(analysis, timings, points, budget_s)
-                entries = grid.entries(progress or _unseen)
+                entries = grid.entries()
             finally:
-                timings.save()
-            whole = min(whole, _whole_ms(analysis, where, budget_s))
-        size, env = analysis.flow.ids.count, timings.environment
-        axes = tuple(grid.axes)
-        return cls(env, analysis.batch, size, axes, entries, whole, tuple(grid.unmeasured))
+                timings.save()  # what is known need not be measured again, whatever happened
+            wholes.measure()
+        size, axes = analysis.flow.ids.count, tuple(grid.axes)
+        env, missed = timings.environment, tuple(grid.unmeasured)
+        return wholes.fitted(cls(env, analysis.batch, size, axes, entries, unmeasured=missed))
 
     def ms(self, kept: Tensor | None = None) -> float:
         """Milliseconds of a call with only the ids in the mask `kept`; of the unpruned network
@@ -130,15 +112,10 @@ class LatencyTable:
                 f"the mask has the shape {tuple(kept.shape)}, the network {self.count} ids",
                 hint="the mask and the table must come from one analysis",
             )
-        return self.scale * self._parts(kept)
+        return self.factor * self.parts_ms(kept) + self.rest_ms
 
-    @cached_property
-    def scale(self) -> float:
-        """The unpruned network's time over the sum of its ops' times."""
-        parts = self._parts(None)
-        return self.whole_ms / parts if self.whole_ms and parts else 1.0
-
-    def _parts(self, kept: Tensor | None) -> float:
+    def parts_ms(self, kept: Tensor | None = None) -> float:
+        """The sum of what the ops take alone."""
         shares = [1.0 if kept is None else float(kept[ids].float().mean()) for ids in self._ids]
         return sum(surface(shares) for surface in self._surfaces)
 
@@ -209,124 +186,50 @@ class _Surface:
         return self.linear([min(max(shares[a], low), high) for a, (low, high) in ends]).item()
 
 
-# -- measuring -------------------------------------------------------------------------------------
+# -- whole networks --------------------------------------------------------------------------------
 
 
-class _Grid:
-    """Measures each node of an analysis over its axes."""
+class _Wholes:
+    """The network as it is, and with the ids in the mask `kept`, where that can be written."""
 
-    def __init__(self, analysis: Analysis, timings: Timings, points: int, budget_s: float | None):
-        self.analysis, self.timings, self.budget_s = analysis, timings, budget_s
-        self.channels, self.first = np.unique(analysis.all_groups.channel, return_index=True)
-        self.levels = [_level(analysis, step / points) for step in range(points + 1)]
-        self.above = [_level(analysis, step / points, 1) for step in range(1, points)]
-        self.axes: dict[tuple[int, ...], int] = {}
-        self.unmeasured: list[str] = []
-        self.start = time.perf_counter()
+    def __init__(
+        self, analysis: Analysis, kept: Tensor, device: torch.device, budget_s: float | None
+    ):
+        self.kept, self.device = kept, device
+        self.budget_s = min(_WHOLE_S, budget_s / 20 if budget_s is not None else _WHOLE_S)
+        self.inputs = random_like(analysis.inputs, dtype=_dtype(analysis), device=device)
+        on_meta = any(tensor.is_meta for tensor in analysis.tensors.values())
+        self.networks = [] if on_meta else [_on(device, analysis.model)]
+        if not on_meta and not kept.all():
+            self.networks += [each.to(device) for each in _written(analysis, kept)]
+        self.ms = [math.inf] * len(self.networks)
 
-    def entries(self, progress: Progress) -> tuple[Entry, ...]:
-        """The entries of all nodes; calls not known before are measured once in each pass."""
-        nodes = [node for node in self.analysis.graph.graph.nodes if _works(node)]
-        found: list[Entry | None] = []
-        for self.timings.turn in range(_PASSES):
-            found = [self._timed(nodes, i, progress) for i in range(len(nodes))]
-        self.unmeasured = [n.name for n, e in zip(nodes, found, strict=True) if e is None]
-        return tuple(entry for entry in found if entry is not None)
+    def measure(self) -> None:
+        """Once more; the lower time counts."""
+        for i, network in enumerate(self.networks):
+            found = timed_ms(network, self.inputs, self.device, self.budget_s)
+            self.ms[i] = min(found, self.ms[i])
 
-    def _timed(self, nodes: list[fx.Node], i: int, progress: Progress) -> Entry | None:
-        done, every = self.timings.turn * len(nodes) + i, _PASSES * len(nodes)
-        progress(f"measure %{nodes[i].name}", done / every)
-        if self.budget_s is None:
-            return self._entry(nodes[i], None)
-        left = self.budget_s - (time.perf_counter() - self.start)
-        return self._entry(nodes[i], max(left, 0.0) / (every - done))
-
-    def _entry(self, node: fx.Node, budget_s: float | None) -> Entry | None:
-        """A node's times; over one width alone, where others cannot be written or run."""
-        found = axes_of(self.analysis, node)
-        for axes in (found, []) if found else ([],):
-            try:
-                return self._measured(node, axes, budget_s)
-            except (RewriteError, InputError):
-                continue
-        return None
-
-    def _measured(self, node: fx.Node, axes: list[np.ndarray], budget_s: float | None) -> Entry:
-        steps = [self._steps(axis) for axis in axes]
-        share = budget_s / 2 / math.prod(map(len, steps)) if budget_s is not None else _CALL_S
-        ms = tuple(
-            self.timings.ms(self._call(node, axes, levels), share)
-            for levels in itertools.product(*(each.values() for each in steps))
-        )
-        shares = tuple(tuple(each) for each in steps)
-        return Entry(node.name, tuple(map(self._number, axes)), shares, ms)
-
-    def _steps(self, axis: np.ndarray) -> dict[float, np.ndarray]:
-        """The shares that can be reached along an axis, ascending, and what stays at each."""
-        levels = [*self.levels, *(self.above if len(axis) <= _FINE else ())]
-        found = {float(level[axis].mean()): level for level in levels}
-        return dict(sorted(found.items()))
-
-    def _call(self, node: fx.Node, axes: Iterable[np.ndarray], levels: Iterable) -> Alone:
-        kept = np.ones_like(self.levels[0])
-        for axis, level in zip(axes, levels, strict=True):
-            kept[axis] = level[axis]
-        return Alone(self.analysis, node, kept_ids(self.analysis, kept))
-
-    def _number(self, axis: np.ndarray) -> int:
-        """An axis as one of the table's: an id of each of its channels."""
-        ids = tuple(self.first[np.searchsorted(self.channels, axis)].tolist())
-        return self.axes.setdefault(ids, len(self.axes))
+    def fitted(self, table: LatencyTable) -> LatencyTable:
+        """The table with factor and rest; no rest where it would be none."""
+        parts = table.parts_ms()
+        if not self.ms or not parts:
+            return table
+        if len(self.ms) > 1 and (less := parts - table.parts_ms(self.kept)) > 0:
+            factor = (self.ms[0] - self.ms[1]) / less
+            rest = self.ms[0] - factor * parts
+            if factor > 0 and rest > 0:
+                return replace(table, factor=factor, rest_ms=rest)
+        return replace(table, factor=self.ms[0] / parts)
 
 
-def _level(analysis: Analysis, share: float, more: int = 0) -> np.ndarray:
-    """What stays of all channels where each group keeps about a share of its own, and `more`."""
-    groups = analysis.all_groups
-    sizes = {i: len(group) for i, group in enumerate(groups.groups) if group.prunable}
-    scores = {i: np.ones(size) for i, size in sizes.items()}
-    widths = {i: min(size, max(1, round(size * share) + more)) for i, size in sizes.items()}
-    return select(groups, scores, Options(widths=widths)).kept
-
-
-def axes_of(analysis: Analysis, node: fx.Node) -> list[np.ndarray]:
-    """Channels that a node's time depends on, in sets that a width of their own is measured for.
-
-    Channels of one layer of ids are in one set, and so are those of layers that share any: a sum of
-    parts is as wide as all of them. The two largest sets are free; others move with the second.
-    """
-    sets: list[np.ndarray] = []
-    for ids in _layers(analysis, node):
-        own = np.unique(analysis.all_groups.channel[ids.reshape(-1).numpy()])
-        own = own[own > 0]
-        near = [each for each in sets if np.intersect1d(each, own).size]
-        sets = [each for each in sets if not any(each is one for one in near)]
-        sets += [np.unique(np.concatenate([own, *near]))] if own.size else []
-    sets.sort(key=len, reverse=True)
-    rest = sets[_AXES - 1 :]
-    return [*sets[: _AXES - 1], np.unique(np.concatenate(rest))] if rest else sets
-
-
-def _layers(analysis: Analysis, node: fx.Node) -> list[Tensor]:
-    """Ids of what a node reads, gives, and has for parameters."""
-    flow = analysis.flow
-    widths = Widths(flow, torch.empty(0))
-    values = [flow.values.get(each) for each in (*node.all_input_nodes, node)]
-    layers = [la.ids for each in values for v in leaves(each, Value) for la in widths.layers(v)]
-    names = params_of(analysis, node)
-    return layers + [slot.ids for name in names for slot in flow.ids.slots.get(name, ())]
-
-
-def _works(node: fx.Node) -> bool:
-    called = node.op in ("call_module", "call_function", "call_method")
-    return called and has_tensors(node.meta["val"])
-
-
-def _whole_ms(analysis: Analysis, device: torch.device, budget_s: float | None) -> float:
-    if any(tensor.is_meta for tensor in analysis.tensors.values()):
-        return 0.0
-    inputs = random_like(analysis.inputs, dtype=_dtype(analysis), device=device)
-    model = _on(device, analysis.model)
-    return timed_ms(model, inputs, device, min(_WHOLE_S, budget_s or _WHOLE_S))
+def _written(analysis: Analysis, kept: Tensor) -> list[nn.Module]:
+    widths = Widths(analysis.flow, kept)
+    rows = {name: found for name in analysis.flow.ids.slots if (found := widths.kept_of(name))}
+    try:
+        return [rewrite(analysis.model, analysis.flow, kept, rows)]
+    except RewriteError:
+        return []
 
 
 # -- arguments -------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .latencies import _Runner, _warm_up
 
 _ROUNDS = range(3, 16)  # samples of one call: at least and at most
 _LARGE = 31 << 20  # bytes: glibc adapts to blocks of up to 32 MiB
+_CALL_S = 0.01
 _FORMAT = 1
 
 
@@ -34,13 +35,13 @@ def default_folder() -> Path:
     return Path(named) if named else Path.home() / ".cache" / "fxprune"
 
 
-def environment(device: torch.device, dtype: str) -> dict[str, Any]:
+def environment(device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
     """What the times of all calls depend on, as plain data."""
-    found = {
+    found: dict[str, Any] = {
         "device": device_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
     }
     if device.type == "cuda":
         found["cudnn"] = f"{torch.backends.cudnn.version()}"
@@ -68,9 +69,7 @@ def _read(path: str | Path) -> str:
         return ""
 
 
-def timed_ms(
-    module: nn.Module, inputs: Inputs, device: torch.device, budget_s: float = 0.03
-) -> float:
+def timed_ms(module: nn.Module, inputs: Inputs, device: torch.device, budget_s: float) -> float:
     """The median time of a call in milliseconds, measured for about `budget_s` seconds after as
     long a warm-up; `InputError` where the call fails."""
     _settled_allocator(device)
@@ -94,18 +93,16 @@ def _settled_allocator(device: torch.device) -> None:
 
 @dataclass
 class Timings:
-    """Milliseconds by signature, in one environment. ``measured`` counts how often each was
-    measured in this run, ``turn`` the passes that are over."""
+    """Milliseconds by signature, in one environment; 0 for calls of nothing. ``measured`` counts
+    what was measured in this run."""
 
     device: torch.device
     environment: Mapping[str, Any]
     folder: Path
-    known: dict[str, float] = field(default_factory=dict)
-    measured: dict[str, int] = field(default_factory=dict)
-    turn: int = 0
+    measured: int = 0
 
     def __post_init__(self) -> None:
-        self.known |= self._stored()
+        self.known = {"": 0.0, **self._stored()}
 
     @property
     def path(self) -> Path:
@@ -113,28 +110,20 @@ class Timings:
         text = json.dumps(self.environment, sort_keys=True)
         return self.folder / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
-    def ms(self, call: Alone, budget_s: float) -> float:
-        """The time of a call, measured unless it is known; `InputError` where the call fails.
-
-        What was measured in this run is so once in each pass, and the least counts: what disturbs a
-        machine for a while only adds to times.
-        """
-        if call.empty:
-            return 0.0
-        name = call.signature
-        times = self.measured.get(name, 0)
-        if name not in self.known or 0 < times <= self.turn:
-            found = self._measure(call, budget_s)
-            self.known[name] = min(found, self.known.get(name, found))
-            self.measured[name] = times + 1
-        return self.known[name]
-
-    def _measure(self, call: Alone, budget_s: float) -> float:
-        module = call.module(self.device)
+    def again(self, call: Alone, budget_s: float | None = None) -> None:
+        """Measure a call for about so many seconds after as long a warm-up; of what is known, the
+        lower time is kept. `InputError` where the call fails."""
+        if not call.signature:
+            return
+        module, inputs = call.module(self.device), call.inputs(self.device)
         try:
-            return timed_ms(module, call.inputs(self.device), self.device, budget_s)
+            found = timed_ms(
+                module, inputs, self.device, _CALL_S if budget_s is None else budget_s / 2
+            )
         finally:
             _emptied(module)
+        self.known[call.signature] = min(found, self.known.get(call.signature, found))
+        self.measured += 1
 
     def save(self) -> None:
         """Write what is known, and what other processes have written meanwhile. A folder that
