@@ -96,10 +96,16 @@ class Grid:
         for i, node in enumerate(nodes):
             self.progress(f"measure %{node.name}", i / len(nodes) / 2)
             drafts += self._draft(node, self.clock.share(0.5, len(nodes) - i))
-        for i, point in enumerate(self.fresh):
-            self.progress(f"measure %{point.node.name} again", (1 + i / len(self.fresh)) / 2)
-            self.timings.again(self._call(point), self.clock.share(1.0, len(self.fresh) - i))
+        self._measure_again()
         return tuple(map(self._entry, drafts))
+
+    def _measure_again(self) -> None:
+        for i, point in enumerate(self.fresh):
+            budget_s = self.clock.share(1.0, len(self.fresh) - i)
+            if budget_s == 0:
+                return
+            self.progress(f"measure %{point.node.name} again", (1 + i / len(self.fresh)) / 2)
+            self.timings.again(self._call(point), budget_s)
 
     def _draft(self, node: fx.Node, budget_s: float | None) -> list[_Draft]:
         """A node over its axes; at one width alone, where others cannot be written or run."""

@@ -8,6 +8,7 @@ depend on widths, are fitted to two whole networks: as it is, and with each widt
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -76,8 +77,8 @@ class LatencyTable:
             batch: the batch size; by default that of the analysis' example inputs.
             points: how many widths along each axis, in equal steps up to all channels; the least
                 possible one is added.
-            budget_s: about how many seconds to measure for; every call is measured a few times,
-                however long that takes. By default about 0.04 s a call.
+            budget_s: about how many seconds to measure for; every call is made a few times, however
+                long that takes. By default about 0.04 s a call.
             cache: folder of the times already known; by default ``FXPRUNE_CACHE``, or
                 ``~/.cache/fxprune``. Calls that are known are not measured again.
             progress: called with what is measured and the share that is done.
@@ -149,7 +150,9 @@ class LatencyTable:
                 raise ValueError("another format")
             data["axes"] = tuple(tuple(map(int, axis)) for axis in data["axes"])
             data["entries"] = tuple(_entry(each) for each in data["entries"])
-            return cls(**{**data, "unmeasured": tuple(data["unmeasured"])})
+            table = cls(**{**data, "unmeasured": tuple(data["unmeasured"])})
+            _check_sound(table)
+            return table
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise PlanError(
                 f"not a table of times: {error}", hint="write tables with table.to_json()"
@@ -158,12 +161,29 @@ class LatencyTable:
 
 def _entry(data: Mapping[str, Any]) -> Entry:
     shares = tuple(tuple(map(float, each)) for each in data["shares"])
-    entry = Entry(
-        str(data["node"]), tuple(map(int, data["axes"])), shares, tuple(map(float, data["ms"]))
-    )
-    if math.prod(map(len, shares)) != len(entry.ms) or len(shares) != len(entry.axes):
-        raise ValueError(f"the times of {entry.node} are no grid")
-    return entry
+    axes, ms = tuple(map(int, data["axes"])), tuple(map(float, data["ms"]))
+    return Entry(str(data["node"]), axes, shares, ms)
+
+
+def _check_sound(table: LatencyTable) -> None:
+    """Raise `ValueError` where times could not be told from what a file said."""
+    if not all(axis and all(0 < each < table.count for each in axis) for axis in table.axes):
+        raise ValueError("an axis has ids that no network has")
+    if not (0 < table.factor < math.inf and 0 <= table.rest_ms < math.inf):
+        raise ValueError("the factor or the rest is no number")
+    for entry in table.entries:
+        if not all(0 <= axis < len(table.axes) for axis in entry.axes):
+            raise ValueError(f"{entry.node} has an axis that is not there")
+        if not 0 < len(entry.ms) == math.prod(map(len, entry.shares)):
+            raise ValueError(f"the times of {entry.node} are no grid")
+        if len(entry.axes) != len(entry.shares) or not all(map(_rises, entry.shares)):
+            raise ValueError(f"the widths of {entry.node} do not rise")
+        if not all(0 <= ms < math.inf for ms in entry.ms):
+            raise ValueError(f"a time of {entry.node} is no number")
+
+
+def _rises(shares: tuple[float, ...]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(shares)) and math.isfinite(sum(shares))
 
 
 class _Surface:
@@ -235,9 +255,12 @@ def _written(analysis: Analysis, kept: Tensor) -> list[nn.Module]:
 # -- arguments -------------------------------------------------------------------------------------
 
 
-def _check(
-    analysis: Analysis, batch: Any, points: Any, budget_s: float | None, threads: Any
-) -> None:
+def _check(analysis: Any, batch: Any, points: Any, budget_s: float | None, threads: Any) -> None:
+    if not isinstance(analysis, Analysis):
+        kind = type(analysis).__name__
+        raise OptionError(
+            f"a table is measured for an Analysis, not a {kind}", hint="fxprune.analyze(model)"
+        )
     if analysis.recorded:
         raise OptionError(
             f"{type(analysis.model).__name__} has no graph whose ops could be measured one by one: "

@@ -21,7 +21,7 @@ from .alone import Alone
 from .errors import SaveError
 from .files import write_text
 from .inputs import Inputs
-from .latencies import _Runner, _warm_up
+from .latencies import _BLOCK_S, _Runner, _warm_up
 
 _ROUNDS = range(3, 16)  # samples of one call: at least and at most
 _LARGE = 31 << 20  # bytes: glibc adapts to blocks of up to 32 MiB
@@ -75,6 +75,8 @@ def timed_ms(module: nn.Module, inputs: Inputs, device: torch.device, budget_s: 
     _settled_allocator(device)
     runner = _Runner(type(module).__name__, module, inputs, device)
     _warm_up(runner, 1, budget_s, 1)
+    block = min(1.0, budget_s / _ROUNDS.start / _BLOCK_S)
+    runner.calls = max(1, round(runner.calls * block))
     samples: list[float] = []
     start = time.perf_counter()
     while len(samples) < _ROUNDS.stop:
