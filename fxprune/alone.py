@@ -22,8 +22,8 @@ class Alone:
     """A node's call with only the ids in the mask `kept`, written by the rewriter itself.
 
     ``signature`` says all that its time depends on: ops, settings, shapes, dtypes, memory layouts;
-    equal calls of two networks have the same. Raises `RewriteError` where the choice cannot be
-    written there.
+    equal calls of two networks have the same. It is empty where the pruned network has no such
+    call. Raises `RewriteError` where the choice cannot be written there.
     """
 
     def __init__(self, analysis: Analysis, node: fx.Node, kept: Tensor):
@@ -31,8 +31,7 @@ class Alone:
         rows = {name: widths.kept_of(name) for name in params_of(analysis, node)}
         self.writer = Writer(analysis.model, analysis.flow, kept, rows)
         self.standins: list[Any] = []
-        self.empty = node in self.writer.dropped and node not in analysis.flow.gathers
-        if not self.empty:
+        if node not in self.writer.dropped or node in analysis.flow.gathers:
             self._write(node)
         self.signature = "; ".join(_described(self.writer, self.standins))
 

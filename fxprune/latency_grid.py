@@ -26,7 +26,7 @@ from .timings import Timings
 from .trees import has_tensors, leaves
 from .widths import RewriteError, Widths
 
-_FINE = 128  # channels; on wider axes a step is a small part of the time
+_FINE = 256  # channels; on wider axes a step is a small part of the time
 _AXES = 2
 
 

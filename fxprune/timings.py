@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .alone import Alone
 from .errors import SaveError
 from .files import write_text
 from .inputs import Inputs
 from .latencies import _BLOCK_S, _Runner, _warm_up
+from .trees import leaves
 
 _ROUNDS = range(3, 16)  # samples of one call: at least and at most
 _LARGE = 31 << 20  # bytes: glibc adapts to blocks of up to 32 MiB
@@ -46,7 +48,8 @@ def environment(device: torch.device, dtype: torch.dtype | None) -> dict[str, An
     if device.type == "cuda":
         found["cudnn"] = f"{torch.backends.cudnn.version()}"
         found["benchmark"] = torch.backends.cudnn.benchmark
-        found["tf32"] = [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
+        with contextlib.suppress(RuntimeError):  # refused where newer settings were used as well
+            found["tf32"] = [torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32]
     return found
 
 
@@ -118,6 +121,7 @@ class Timings:
         if not call.signature:
             return
         module, inputs = call.module(self.device), call.inputs(self.device)
+        _steady(module, inputs)
         try:
             found = timed_ms(
                 module, inputs, self.device, _CALL_S if budget_s is None else budget_s / 2
@@ -157,6 +161,18 @@ class Timings:
 
 def _is_time(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _steady(module: nn.Module, inputs: Inputs) -> None:
+    """Set to zero what a call changes in place: halved again and again, numbers would get so small
+    that processors take their time with them."""
+    tensors = leaves(inputs.args, Tensor)
+    before = [tensor._version for tensor in tensors]
+    with contextlib.suppress(Exception):  # whatever a call raises, the clock's own call will too
+        module(*inputs.args)
+    for tensor, version in zip(tensors, before, strict=True):
+        if tensor._version != version:
+            tensor.zero_()
 
 
 def _emptied(module: nn.Module) -> None:
