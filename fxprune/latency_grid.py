@@ -7,13 +7,14 @@ once. So beside each width of the grid, the one above it is measured too.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .alone import Alone, params_of
 from .analysis import Analysis
@@ -63,7 +64,8 @@ class _Draft:
 
 class Grid:
     """Measures the nodes of an analysis. ``axes`` numbers what it finds, an id a channel;
-    ``unmeasured`` are nodes that cannot be run alone."""
+    ``unmeasured`` are nodes that cannot be run alone; ``name`` is that of all networks which have
+    these ops, once they are measured."""
 
     def __init__(
         self,
@@ -82,11 +84,12 @@ class Grid:
         self.channels, self.first = np.unique(analysis.all_groups.channel, return_index=True)
         self.axes: dict[tuple[int, ...], int] = {}
         self.unmeasured: list[str] = []
+        self.name = ""
         self.fresh: list[_Point] = []
 
-    def one_step(self) -> Tensor:
-        """The mask over ids at the lowest of equal steps."""
-        return kept_ids(self.analysis, self.levels[-2 if len(self.levels) == 2 else 1])
+    def masks(self) -> list[Tensor]:
+        """Masks over ids at the least widths, and at equal steps up to all channels."""
+        return [kept_ids(self.analysis, each) for each in self.levels]
 
     def entries(self) -> tuple[Entry, ...]:
         """The times of all nodes. What was not known is measured in two passes, of which the lower
@@ -97,6 +100,8 @@ class Grid:
             self.progress(f"measure %{node.name}", i / len(nodes) / 2)
             drafts += self._draft(node, self.clock.share(0.5, len(nodes) - i))
         self._measure_again()
+        calls = (name for draft in drafts for name in draft.calls)
+        self.name = hashlib.sha256("\n".join(calls).encode()).hexdigest()[:16]
         return tuple(map(self._entry, drafts))
 
     def _measure_again(self) -> None:
@@ -105,7 +110,7 @@ class Grid:
             if budget_s == 0:
                 return
             self.progress(f"measure %{point.node.name} again", (1 + i / len(self.fresh)) / 2)
-            self.timings.again(self._call(point), budget_s)
+            self._measure(self._call(point), budget_s)
 
     def _draft(self, node: fx.Node, budget_s: float | None) -> list[_Draft]:
         """A node over its axes; at one width alone, where others cannot be written or run."""
@@ -135,9 +140,16 @@ class Grid:
         """The name of the call, once its time is known."""
         call = self._call(point)
         if call.signature not in self.timings.known:
-            self.timings.again(call, budget_s)
+            self._measure(call, budget_s)
             self.fresh.append(point)
         return call.signature
+
+    def _measure(self, call: Alone, budget_s: float | None) -> None:
+        module, inputs = call.module(self.timings.device), call.inputs(self.timings.device)
+        try:
+            self.timings.again(call.signature, module, inputs, budget_s)
+        finally:
+            _emptied(module)
 
     def _call(self, point: _Point) -> Alone:
         kept = np.ones_like(self.levels[0])
@@ -152,6 +164,13 @@ class Grid:
     def _number(self, axis: np.ndarray) -> int:
         ids = tuple(self.first[np.searchsorted(self.channels, axis)].tolist())
         return self.axes.setdefault(ids, len(self.axes))
+
+
+def _emptied(module: nn.Module) -> None:
+    """Let go of tensors now: a module of torch.fx is a cycle, which waits for the collector."""
+    for each in module.modules():
+        each._parameters.clear()
+        each._buffers.clear()
 
 
 class _Clock:
@@ -170,10 +189,11 @@ class _Clock:
 
 def level(analysis: Analysis, share: float, more: int = 0) -> np.ndarray:
     """Which channels stay where each group keeps about a share of its own, and `more`; one at
-    least, and what constraints ask for."""
+    least, and what constraints ask for. They lie anywhere, as those of a pruning do: others might
+    spare a gather."""
     groups = analysis.all_groups
     sizes = {i: len(group) for i, group in enumerate(groups.groups) if group.prunable}
-    scores = {i: np.ones(size) for i, size in sizes.items()}
+    scores = {i: 1.0 + np.random.default_rng(i).permutation(n) for i, n in sizes.items()}
     widths = {i: min(size, max(1, round(size * share) + more)) for i, size in sizes.items()}
     return select(groups, scores, Options(widths=widths)).kept
 

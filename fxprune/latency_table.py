@@ -1,9 +1,8 @@
 """How long a network would take at other widths, from times of its ops on the user's device.
 
 Each op is measured alone over a grid of widths: along the channels that it reads, and along those
-that it makes. In between, times are interpolated linearly. What a network takes is more than its
-ops take alone: caches are colder, calls cost Python's time. A factor, and a rest that does not
-depend on widths, are fitted to two whole networks: as it is, and with each width at one step.
+that it makes. In between, times are interpolated linearly. What whole networks take beside their
+ops is told by a few that were measured.
 """
 
 from __future__ import annotations
@@ -19,19 +18,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .analysis import Analysis, analyze
 from .check import check_count, device_of, usable_device
 from .errors import OptionError, PlanError
-from .inputs import batched, random_like
-from .latencies import Progress, _on, _settings, _unseen
+from .inputs import batched
+from .latencies import Progress, _settings, _unseen
 from .latency_grid import Entry, Grid
-from .rewrite import rewrite
-from .timings import Timings, default_folder, environment, timed_ms
-from .widths import RewriteError, Widths
-
-_WHOLE_S = 1.0  # seconds that the whole network is measured for
+from .latency_wholes import dtype_of, whole_times
+from .timings import Timings, default_folder, environment
 
 
 @dataclass(frozen=True)
@@ -43,9 +39,9 @@ class LatencyTable:
     ``count``        how many ids the analysis has
     ``axes``         channels that get fewer together: an id of each
     ``entries``      the times of each node
-    ``factor``       how much longer ops take in the network than alone
-    ``rest_ms``      what the network takes beside them
-    ``unmeasured``   nodes that cannot be run alone; factor and rest cover them
+    ``alone_ms``     what the ops of networks at a few widths take, each measured alone; ascending
+    ``whole_ms``     what these networks take, the last of which is the unpruned one
+    ``unmeasured``   nodes that cannot be run alone; whole networks cover them
     """
 
     environment: Mapping[str, Any]
@@ -53,8 +49,8 @@ class LatencyTable:
     count: int
     axes: tuple[tuple[int, ...], ...]
     entries: tuple[Entry, ...]
-    factor: float = 1.0
-    rest_ms: float = 0.0
+    alone_ms: tuple[float, ...] = ()
+    whole_ms: tuple[float, ...] = ()
     unmeasured: tuple[str, ...] = ()
 
     @classmethod
@@ -92,18 +88,11 @@ class LatencyTable:
         where = usable_device(device) if device is not None else _device(analysis)
         folder = Path(cache) if cache is not None else default_folder()
         with _settings({"": analysis.model}, threads):
-            timings = Timings(where, environment(where, _dtype(analysis)), folder)
-            grid = Grid(analysis, timings, points, budget_s, progress or _unseen)
-            wholes = _Wholes(analysis, grid.one_step(), where, budget_s)
-            wholes.measure()
+            timings = Timings(where, environment(where, dtype_of(analysis)), folder)
             try:
-                entries = grid.entries()
+                return _measured(analysis, timings, points, budget_s, progress or _unseen)
             finally:
                 timings.save()  # what is known need not be measured again, whatever happened
-            wholes.measure()
-        size, axes = analysis.flow.ids.count, tuple(grid.axes)
-        env, missed = timings.environment, tuple(grid.unmeasured)
-        return wholes.fitted(cls(env, analysis.batch, size, axes, entries, unmeasured=missed))
 
     def ms(self, kept: Tensor | None = None) -> float:
         """Milliseconds of a call with only the ids in the mask `kept`; of the unpruned network
@@ -113,12 +102,20 @@ class LatencyTable:
                 f"the mask has the shape {tuple(kept.shape)}, the network {self.count} ids",
                 hint="the mask and the table must come from one analysis",
             )
-        return self.factor * self.parts_ms(kept) + self.rest_ms
+        return self._whole(self.parts_ms(kept))
 
     def parts_ms(self, kept: Tensor | None = None) -> float:
         """The sum of what the ops take alone."""
         shares = [1.0 if kept is None else float(kept[ids].float().mean()) for ids in self._ids]
         return sum(surface(shares) for surface in self._surfaces)
+
+    def _whole(self, parts: float) -> float:
+        """What a network takes whose ops alone take so long."""
+        if not self.alone_ms:
+            return parts
+        nearest = min(max(parts, self.alone_ms[0]), self.alone_ms[-1])
+        whole = float(np.interp(nearest, self.alone_ms, self.whole_ms))
+        return whole * parts / nearest
 
     @cached_property
     def _ids(self) -> list[Tensor]:
@@ -150,6 +147,8 @@ class LatencyTable:
                 raise ValueError("another format")
             data["axes"] = tuple(tuple(map(int, axis)) for axis in data["axes"])
             data["entries"] = tuple(_entry(each) for each in data["entries"])
+            for name in ("alone_ms", "whole_ms"):
+                data[name] = tuple(map(float, data[name]))
             table = cls(**{**data, "unmeasured": tuple(data["unmeasured"])})
             _check_sound(table)
             return table
@@ -157,6 +156,33 @@ class LatencyTable:
             raise PlanError(
                 f"not a table of times: {error}", hint="write tables with table.to_json()"
             ) from None
+
+
+def _measured(
+    analysis: Analysis, timings: Timings, points: int, budget_s: float | None, progress: Progress
+) -> LatencyTable:
+    ops, rest = (None, None) if budget_s is None else (budget_s * 0.8, budget_s * 0.2)
+    grid = Grid(analysis, timings, points, ops, progress)
+    entries = grid.entries()
+    progress("measure whole networks", 1.0)
+    found = whole_times(analysis, grid.masks(), timings, grid.name, rest)
+    size, axes = analysis.flow.ids.count, tuple(grid.axes)
+    missed = tuple(grid.unmeasured)
+    table = LatencyTable(
+        timings.environment, analysis.batch, size, axes, entries, unmeasured=missed
+    )
+    alone, whole = _rising([(table.parts_ms(mask), ms) for mask, ms in found])
+    return replace(table, alone_ms=alone, whole_ms=whole)
+
+
+def _rising(pairs: list[tuple[float, float]]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Times of ops and of networks without those that are no less than a wider one's; the last
+    pair, of the unpruned network, stays."""
+    found = [pair for pair in pairs[-1:] if pair[0] > 0]
+    for parts, whole in sorted(pairs[:-1], reverse=True):
+        if found and 0 < parts < found[0][0] and whole <= found[0][1]:
+            found.insert(0, (parts, whole))
+    return tuple(parts for parts, _ in found), tuple(whole for _, whole in found)
 
 
 def _entry(data: Mapping[str, Any]) -> Entry:
@@ -169,8 +195,10 @@ def _check_sound(table: LatencyTable) -> None:
     """Raise `ValueError` where times could not be told from what a file said."""
     if not all(axis and all(0 < each < table.count for each in axis) for axis in table.axes):
         raise ValueError("an axis has ids that no network has")
-    if not (0 < table.factor < math.inf and 0 <= table.rest_ms < math.inf):
-        raise ValueError("the factor or the rest is no number")
+    if len(table.alone_ms) != len(table.whole_ms) or not _rises((0.0, *table.alone_ms)):
+        raise ValueError("the times of whole networks do not rise")
+    if not all(0 < ms < math.inf for ms in table.whole_ms):
+        raise ValueError("a time of a whole network is no number")
     for entry in table.entries:
         if not all(0 <= axis < len(table.axes) for axis in entry.axes):
             raise ValueError(f"{entry.node} has an axis that is not there")
@@ -206,52 +234,6 @@ class _Surface:
         return self.linear([min(max(shares[a], low), high) for a, (low, high) in ends]).item()
 
 
-# -- whole networks --------------------------------------------------------------------------------
-
-
-class _Wholes:
-    """The network as it is, and with the ids in the mask `kept`, where that can be written."""
-
-    def __init__(
-        self, analysis: Analysis, kept: Tensor, device: torch.device, budget_s: float | None
-    ):
-        self.kept, self.device = kept, device
-        self.budget_s = min(_WHOLE_S, budget_s / 20 if budget_s is not None else _WHOLE_S)
-        self.inputs = random_like(analysis.inputs, dtype=_dtype(analysis), device=device)
-        on_meta = any(tensor.is_meta for tensor in analysis.tensors.values())
-        self.networks = [] if on_meta else [_on(device, analysis.model)]
-        if not on_meta and not kept.all():
-            self.networks += [each.to(device) for each in _written(analysis, kept)]
-        self.ms = [math.inf] * len(self.networks)
-
-    def measure(self) -> None:
-        """Once more; the lower time counts."""
-        for i, network in enumerate(self.networks):
-            found = timed_ms(network, self.inputs, self.device, self.budget_s)
-            self.ms[i] = min(found, self.ms[i])
-
-    def fitted(self, table: LatencyTable) -> LatencyTable:
-        """The table with factor and rest; no rest where it would be none."""
-        parts = table.parts_ms()
-        if not self.ms or not parts:
-            return table
-        if len(self.ms) > 1 and (less := parts - table.parts_ms(self.kept)) > 0:
-            factor = (self.ms[0] - self.ms[1]) / less
-            rest = self.ms[0] - factor * parts
-            if factor > 0 and rest > 0:
-                return replace(table, factor=factor, rest_ms=rest)
-        return replace(table, factor=self.ms[0] / parts)
-
-
-def _written(analysis: Analysis, kept: Tensor) -> list[nn.Module]:
-    widths = Widths(analysis.flow, kept)
-    rows = {name: found for name in analysis.flow.ids.slots if (found := widths.kept_of(name))}
-    try:
-        return [rewrite(analysis.model, analysis.flow, kept, rows)]
-    except RewriteError:
-        return []
-
-
 # -- arguments -------------------------------------------------------------------------------------
 
 
@@ -278,11 +260,6 @@ def _check(analysis: Any, batch: Any, points: Any, budget_s: float | None, threa
 def _device(analysis: Analysis) -> torch.device:
     found = device_of(analysis.model)
     return torch.device("cpu") if found.type == "meta" else found
-
-
-def _dtype(analysis: Analysis) -> torch.dtype | None:
-    kinds = (p.dtype for p in analysis.model.parameters() if p.is_floating_point())
-    return next(kinds, None)
 
 
 def _at_batch(analysis: Analysis, batch: int | None) -> Analysis:

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .alone import Alone
 from .errors import SaveError
 from .files import write_text
 from .inputs import Inputs
@@ -98,8 +97,8 @@ def _settled_allocator(device: torch.device) -> None:
 
 @dataclass
 class Timings:
-    """Milliseconds by signature, in one environment; 0 for calls of nothing. ``measured`` counts
-    what was measured in this run."""
+    """Milliseconds by signature, in one environment; 0 for the empty one. ``measured`` counts what
+    was measured in this run."""
 
     device: torch.device
     environment: Mapping[str, Any]
@@ -115,20 +114,15 @@ class Timings:
         text = json.dumps(self.environment, sort_keys=True)
         return self.folder / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
 
-    def again(self, call: Alone, budget_s: float | None = None) -> None:
+    def again(
+        self, name: str, module: nn.Module, inputs: Inputs, budget_s: float | None = None
+    ) -> None:
         """Measure a call for about so many seconds after as long a warm-up; of what is known, the
         lower time is kept. `InputError` where the call fails."""
-        if not call.signature:
-            return
-        module, inputs = call.module(self.device), call.inputs(self.device)
         _steady(module, inputs)
-        try:
-            found = timed_ms(
-                module, inputs, self.device, _CALL_S if budget_s is None else budget_s / 2
-            )
-        finally:
-            _emptied(module)
-        self.known[call.signature] = min(found, self.known.get(call.signature, found))
+        budget_s = _CALL_S if budget_s is None else budget_s / 2
+        found = timed_ms(module, inputs, self.device, budget_s)
+        self.known[name] = min(found, self.known.get(name, found))
         self.measured += 1
 
     def save(self) -> None:
@@ -173,10 +167,3 @@ def _steady(module: nn.Module, inputs: Inputs) -> None:
     for tensor, version in zip(tensors, before, strict=True):
         if tensor._version != version:
             tensor.zero_()
-
-
-def _emptied(module: nn.Module) -> None:
-    """Let go of tensors now: a module of torch.fx is a cycle, which waits for the collector."""
-    for each in module.modules():
-        each._parameters.clear()
-        each._buffers.clear()

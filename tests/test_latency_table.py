@@ -15,7 +15,7 @@ import torch
 from torch import fx, nn
 
 import fxprune
-from fxprune import latency_table, timings
+from fxprune import timings
 from fxprune.errors import InputError, OptionError, PlanError
 from fxprune.inputs import Inputs
 from fxprune.latency_grid import axes_of, level
@@ -54,23 +54,35 @@ def _elements(module: nn.Module, inputs: Inputs) -> int:
 
 
 class Clock:
-    """Counts elements in place of milliseconds, and how often it was asked."""
+    """Counts elements in place of milliseconds, and how often it was asked. A whole network takes
+    longer than its ops."""
 
-    def __init__(self, cost=lambda elements: elements / 100):
-        self.cost, self.asked = cost, 0
+    def __init__(self, cost=lambda n: n / 100, whole=lambda n: 2 * n / 100 + 5):
+        self.cost, self.whole, self.asked, self.wholes = cost, whole, 0, 0
+        self.is_whole = False
 
     def __call__(self, module, inputs, device, budget_s):
-        self.asked += 1
         assert not torch.is_grad_enabled() and budget_s >= 0
-        return float(self.cost(_elements(module, inputs)))
+        self.asked += not self.is_whole
+        self.wholes += self.is_whole
+        return float((self.whole if self.is_whole else self.cost)(_elements(module, inputs)))
+
+    def start(self, monkeypatch) -> Clock:
+        """Take the real clock's place."""
+        again = timings.Timings.again
+
+        def noted(table, name, *call):
+            self.is_whole = name.startswith("network ")
+            again(table, name, *call)
+
+        monkeypatch.setattr(timings.Timings, "again", noted)
+        monkeypatch.setattr(timings, "timed_ms", self)
+        return self
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    made = Clock()
-    monkeypatch.setattr(timings, "timed_ms", made)
-    monkeypatch.setattr(latency_table, "timed_ms", Clock(lambda n: 2 * n / 100 + 5))
-    return made
+    return Clock().start(monkeypatch)
 
 
 def _conv(a: int, b: int, k: int = 3, **more: Any) -> nn.Conv2d:
@@ -167,7 +179,8 @@ def test_the_unpruned_network_takes_what_was_measured(network, clock, tmp_path):
     model = network()
     table = _table(fxprune.analyze(model, X), tmp_path)
     assert table.ms() == pytest.approx(2 * _elements(model, Inputs((X,), {})) / 100 + 5)
-    assert table.factor == pytest.approx(2) and table.rest_ms == pytest.approx(5)
+    wanted = [2 * parts + 5 for parts in table.alone_ms]
+    assert len(wanted) == 5 and table.whole_ms == pytest.approx(wanted)
     assert not table.unmeasured
 
 
@@ -182,8 +195,7 @@ def test_layers_are_cut_one_by_one_as_well(clock, tmp_path):
 
 @pytest.mark.parametrize("network", NETWORKS)
 def test_fewer_channels_never_take_longer(network, monkeypatch, tmp_path):
-    monkeypatch.setattr(timings, "timed_ms", Clock(lambda n: math.ceil(n / 500)))
-    monkeypatch.setattr(latency_table, "timed_ms", Clock())
+    Clock(lambda n: math.ceil(n / 500), lambda n: math.ceil(n / 700)).start(monkeypatch)
     analysis = fxprune.analyze(network(), X)
     table = _table(analysis, tmp_path)
     channels = np.concatenate([g.channels for g in analysis.groups if g.prunable])
@@ -198,9 +210,7 @@ def test_fewer_channels_never_take_longer(network, monkeypatch, tmp_path):
 
 def test_the_cost_at_a_point_of_the_grid_is_that_of_the_pruned_network(monkeypatch, tmp_path):
     """Whatever the clock says: points are not smoothed."""
-    uneven = Clock(lambda n: n % 97 + 1)
-    monkeypatch.setattr(timings, "timed_ms", uneven)
-    monkeypatch.setattr(latency_table, "timed_ms", Clock())
+    Clock(lambda n: n % 97 + 1).start(monkeypatch)
     model = Chain(16, 16)
     analysis = fxprune.analyze(model, X)
     table = _table(analysis, tmp_path)
@@ -305,9 +315,9 @@ def test_constraints_hold_at_every_width():
 def test_a_second_run_measures_nothing(clock, tmp_path):
     analysis = fxprune.analyze(Chain(), X)
     first, asked = _table(analysis, tmp_path), clock.asked
-    assert asked > 0
+    assert asked > 0 and clock.wholes == 2 * 5
     assert _table(analysis, tmp_path) == first
-    assert clock.asked == asked
+    assert (clock.asked, clock.wholes) == (asked, 2 * 5)
 
 
 def test_another_network_with_such_layers_measures_only_what_is_new(clock, tmp_path):
@@ -414,8 +424,8 @@ def test_the_default_folder_is_the_users(clock, tmp_path, monkeypatch):
 
 def test_threads_have_files_of_their_own(clock, tmp_path):
     analysis = fxprune.analyze(Chain(), X)
-    assert _table(analysis, tmp_path, threads=1).environment["threads"] == 1
-    assert _table(analysis, tmp_path, threads=2).environment["threads"] == 2
+    assert _table(analysis, tmp_path, points=1, threads=1).environment["threads"] == 1
+    assert _table(analysis, tmp_path, points=1, threads=2).environment["threads"] == 2
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
@@ -444,6 +454,9 @@ def test_json_gives_an_equal_table(network, clock, tmp_path):
     lambda data: data["entries"][0]["shares"][0].reverse(),
     lambda data: data["entries"][0]["ms"].__setitem__(0, float("nan")),
     lambda data: data["axes"][0].__setitem__(0, 10**6),
+    lambda data: data["whole_ms"].pop(),
+    lambda data: data["alone_ms"].reverse(),
+    lambda data: data["whole_ms"].__setitem__(0, float("inf")),
 ])  # fmt: skip
 def test_what_is_no_table_is_refused(change, clock, tmp_path):
     data = json.loads(_table(fxprune.analyze(Chain(), X), tmp_path).to_json())
@@ -521,7 +534,6 @@ def test_a_node_that_runs_at_full_width_only_has_no_axes(monkeypatch, tmp_path):
         return 1.0
 
     monkeypatch.setattr(timings, "timed_ms", picky)
-    monkeypatch.setattr(latency_table, "timed_ms", Clock())
     table = _table(fxprune.analyze(Chain(), X), tmp_path)
     entry = next(e for e in table.entries if e.node == "_1")
     assert entry.axes == () and entry.ms == (1.0,) and not table.unmeasured
@@ -531,7 +543,7 @@ def test_a_network_on_the_meta_device_is_measured_by_its_ops(clock, tmp_path):
     with torch.device("meta"):
         model = Chain()
     table = _table(fxprune.analyze(model, X.to("meta")), tmp_path)
-    assert table.factor == 1 and table.rest_ms == 0
+    assert table.alone_ms == ()
     assert table.ms() == pytest.approx(_elements(Chain(), Inputs((X,), {})) / 100)
 
 
@@ -550,15 +562,17 @@ def test_a_shuffle_of_channels(clock, tmp_path):
 
     analysis = fxprune.analyze(Shuffled(), X)
     table = _table(analysis, tmp_path)
-    _, kept = _cut(analysis.model, analysis, rate=0.5)
-    assert not table.unmeasured and 0 < table.ms(kept) < table.ms()
+    pruned, kept = _cut(analysis.model, analysis, rate=0.5)
+    assert not table.unmeasured
+    assert table.parts_ms(kept) == pytest.approx(_elements(pruned, Inputs((X,), {})) / 100)
 
 
 def test_scattered_streams(clock, tmp_path):
     analysis = fxprune.analyze(Residual(), X, scatter=True)
     table = _table(analysis, tmp_path)
-    _, kept = _cut(analysis.model, analysis, rate=0.5, scatter=True)
-    assert not table.unmeasured and 0 < table.ms(kept) < table.ms()
+    pruned, kept = _cut(analysis.model, analysis, rate=0.5, scatter=True)
+    assert not table.unmeasured
+    assert table.parts_ms(kept) == pytest.approx(_elements(pruned, Inputs((X,), {})) / 100)
 
 
 # -- a real clock ----------------------------------------------------------------------------------
@@ -580,7 +594,7 @@ def test_a_real_measurement_leaves_everything_as_it_was(tmp_path):
         progress=lambda what, share: shown.append(share),
     )
     _, kept = _cut(model, analysis, rate=0.5)
-    for found in (table.ms(), table.ms(kept), table.factor):
+    for found in (table.ms(), table.ms(kept), *table.whole_ms):
         assert math.isfinite(found) and found > 0
     assert not table.unmeasured
     assert torch.get_num_threads() == threads and torch.equal(torch.get_rng_state(), state)
@@ -601,7 +615,6 @@ def test_what_a_call_changes_in_place_does_not_fade_away(monkeypatch, tmp_path):
         return 1.0
 
     monkeypatch.setattr(timings, "timed_ms", clock)
-    monkeypatch.setattr(latency_table, "timed_ms", Clock())
     model = nn.Sequential(_conv(3, 8), nn.SiLU(inplace=True), _conv(8, 2))
     _table(fxprune.analyze(model, X), tmp_path)
     assert seen and not any(0 < most < 1e-30 for most in seen)
