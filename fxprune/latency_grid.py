@@ -124,6 +124,7 @@ class Grid:
         return []
 
     def _measured(self, node: fx.Node, axes: list[np.ndarray], budget_s: float | None) -> _Draft:
+        axes = [axis for axis in axes if len(self._steps(axis)) > 1]
         steps = [self._steps(axis) for axis in axes]
         places = [*itertools.product(*(each.values() for each in steps))]
         share = None if budget_s is None else budget_s / len(places)

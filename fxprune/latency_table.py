@@ -66,7 +66,8 @@ class LatencyTable:
         progress: Progress | None = None,
         threads: int | None = None,
     ) -> LatencyTable:
-        """Measure the ops of an analysed network.
+        """Measure the ops of an analysed network, best while the machine does nothing else: what is
+        found is remembered.
 
         Args:
             device: where to measure; by default where the model is.

@@ -184,6 +184,23 @@ def test_the_unpruned_network_takes_what_was_measured(network, clock, tmp_path):
     assert not table.unmeasured
 
 
+def test_a_graph_of_functions_is_measured_as_one_of_layers(clock, tmp_path):
+    model = Residual()
+    analysis = fxprune.analyze(model, X, frontend="export")
+    table = _table(analysis, tmp_path)
+    pruned, kept = _cut(model, analysis, rate=0.6, frontend="export")
+    assert table.ms(kept) == pytest.approx(2 * _elements(pruned, Inputs((X,), {})) / 100 + 5)
+    assert not table.unmeasured
+
+
+def test_what_has_one_channel_has_one_width(clock, tmp_path):
+    table = _table(fxprune.analyze(Chain(1, 4), X), tmp_path)
+    entry = next(e for e in table.entries if e.node == "_1")
+    assert entry.axes == () and len(entry.ms) == 1
+    entry = next(e for e in table.entries if e.node == "_3")
+    assert len(entry.axes) == 1 and table.ms() > 0
+
+
 def test_layers_are_cut_one_by_one_as_well(clock, tmp_path):
     model = Residual()
     analysis = fxprune.analyze(model, X)
