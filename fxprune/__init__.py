@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .errors import FxpruneError
     from .iterating import iterate
     from .latencies import Latency, latency
+    from .latency_table import LatencyTable
     from .masks import from_masks
     from .plans import Plan
     from .saving import load, save
@@ -28,6 +29,7 @@ _HOMES = {
     "Analysis": "analysis",
     "FxpruneError": "errors",
     "Latency": "latencies",
+    "LatencyTable": "latency_table",
     "Plan": "plans",
     "SparsityPenalty": "sparse",
     "Verification": "verifier",
@@ -49,6 +51,7 @@ __all__ = [
     "Analysis",
     "FxpruneError",
     "Latency",
+    "LatencyTable",
     "Plan",
     "SparsityPenalty",
     "Verification",

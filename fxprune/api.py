@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from .layers import Scores, layer_rows
 from .normalize import Normalize
 from .planning import Made, make_plan
 from .plans import Plan
+from .progress import Progress, shown
 from .pruned import Info, PrunedModule
 from .recipes import RecipeLike
 from .replay import kept_by_plan
@@ -47,6 +48,9 @@ from .trees import leaves
 from .verifier import Verification, verify_numbers, verify_shapes
 from .watch import Watch, silent, together
 from .widths import RewriteError, Widths
+
+if TYPE_CHECKING:
+    from .latency_table import LatencyTable
 
 Verify = bool | Literal["shapes"]
 
@@ -73,6 +77,7 @@ def prune(
     data: Any = None,
     loss: Loss | None = None,
     compensate: Compensate | bool | None = None,
+    latency_table: LatencyTable | None = None,
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     mixing: Mixing | None = None,
     scatter: bool | None = None,
@@ -81,6 +86,7 @@ def prune(
     frontend: Frontend | None = None,
     dump: str | os.PathLike[str] | None = None,
     strict: bool = False,
+    progress: Progress | bool | None = None,
     watch: Watch = silent,
 ) -> PrunedModule:
     """A new, smaller network that computes what `model` computes without the removed channels.
@@ -126,6 +132,9 @@ def prune(
         compensate: what is left of the network is fitted on `data` to what the original gave,
             without training: "least_squares" (True) fits weights; "bias" constants alone;
             "statistics" takes those of normalisations anew.
+        latency_table: times of the network's ops (`fxprune.LatencyTable.measure`); where a target
+            is a latency and none is given, they are measured where the model is, for the batch of
+            the example inputs, and remembered.
         squeeze: ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate; False
             (beside a recipe) leaves them alone.
         mixing: which ops may run on over fewer channels although their statistics change: "norms"
@@ -139,6 +148,8 @@ def prune(
             `fxprune.frontends`); by default the first that works, which the report names.
         dump: a folder for a text file and a drawing after every step (or ``FXPRUNE_DUMP``).
         strict: raise on an op no rule knows, instead of freezing what reaches it.
+        progress: of measuring, calibration and compensation: True shows a bar on stderr, a function
+            is called with what is done and the share of it that is done.
         watch: called as ``watch(step, before, after)`` after every step, with what went in and what
             came out.
 
@@ -153,14 +164,15 @@ def prune(
     analysis = analyze(model, example_inputs, frontend=frontend, strict=strict, watch=watch, **how)
     check_finite(_weights(analysis))
     known = batches(data, device_of(model)) if fits or chosen.found.needs else None
-    measured = _Measured(analysis, chosen, known, loss)
+    with shown(progress) as seen:
+        measured = _Measured(analysis, chosen, known, loss, latency_table, seen)
 
-    def made() -> Made:
-        check_prunable(analysis)
-        return make_plan(analysis, chosen, watch, calibration=measured(), extra=measured.extra)
+        def made() -> Made:
+            check_prunable(analysis)
+            return make_plan(analysis, chosen, watch, **measured())
 
-    made_up = partial(compensated, analysis, known, fits, watch) if fits else None
-    return pruned_by(analysis, made, verify, watch, made_up)
+        made_up = partial(compensated, analysis, known, fits, watch, seen) if fits else None
+        return pruned_by(analysis, made, verify, watch, made_up)
 
 
 def pruned_by(
@@ -185,26 +197,44 @@ def pruned_by(
 
 
 class _Measured:
-    """What data says of a network, had once, when it is asked for."""
+    """What data and the clock say of a network, had once, when it is asked for."""
 
-    def __init__(self, analysis: Analysis, chosen: Settings, data: Any, loss: Loss | None):
+    def __init__(
+        self,
+        analysis: Analysis,
+        chosen: Settings,
+        data: Any,
+        loss: Loss | None,
+        table: LatencyTable | None = None,
+        progress: Progress | None = None,
+    ):
         self.analysis, self.chosen, self.data, self.loss = analysis, chosen, data, loss
-        self.extra: dict[str, Any] = {}
-        self._found: Calibration | None = None
+        self.table, self.progress = table, progress
+        self.calibration: Calibration | None = None
 
-    def __call__(self) -> Calibration | None:
+    def __call__(self) -> dict[str, Any]:
         needs = self.chosen.found.needs
-        if needs and self._found is None:
-            self._found = calibrate(self.analysis, self.data, needs, self.loss)
-        return self._found
+        if needs and self.calibration is None:
+            self.calibration = calibrate(self.analysis, self.data, needs, self.loss, self.progress)
+        if self.table is None and "latency_ms" in (self.chosen.target or ()):
+            from .latency_table import LatencyTable
+
+            self.table = LatencyTable.measure(self.analysis, progress=self.progress)
+        return {"calibration": self.calibration, "table": self.table}
 
 
 def compensated(
-    analysis: Analysis, data: Any, how: Compensate, watch: Watch, made: Made, pruned: PrunedModule
+    analysis: Analysis,
+    data: Any,
+    how: Compensate,
+    watch: Watch,
+    progress: Progress,
+    made: Made,
+    pruned: PrunedModule,
 ) -> None:
     """Fit a pruned network to the original on data, and say so in its report."""
     report = pruned.fxprune.report
-    report.compensation = fit(analysis, pruned, made.kept, data, how)
+    report.compensation = fit(analysis, pruned, made.kept, data, how, progress)
     watch("compensate", (analysis, made.plan), pruned)
 
 
@@ -319,8 +349,10 @@ def plan(
     normalize: Normalize | None = None,
     data: Any = None,
     loss: Loss | None = None,
+    latency_table: LatencyTable | None = None,
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     scores: bool = False,
+    progress: Progress | bool | None = None,
 ) -> Plan:
     """What to keep of every parameter, without writing a network; the options are `prune`'s.
 
@@ -336,9 +368,9 @@ def plan(
     check_finite(_weights(analysis))
     check_prunable(analysis)
     known = batches(data, device_of(analysis.model)) if chosen.found.needs else None
-    measured = _Measured(analysis, chosen, known, loss)
-    how: Any = {"calibration": measured(), "extra": measured.extra}
-    return make_plan(analysis, chosen, silent, with_scores=scores, **how).plan
+    with shown(progress) as seen:
+        measured = _Measured(analysis, chosen, known, loss, latency_table, seen)
+        return make_plan(analysis, chosen, silent, with_scores=scores, **measured()).plan
 
 
 def _check_analysed(analysis: Analysis, chosen: Settings) -> None:

@@ -12,7 +12,7 @@ import torch
 from .analysis import Analysis
 from .select import Options, Selection, families, select
 from .settings import Settings
-from .targets import CLOSE, Budget, Extra, Reached, budget
+from .targets import CLOSE, Budget, Reached, budget
 
 Scores = Callable[[Options], dict[int, np.ndarray]]
 Following = Callable[[Selection, Options], tuple[Selection, dict[int, np.ndarray]]]
@@ -35,13 +35,14 @@ def choose(
     options: Options,
     chosen: Settings,
     following: Following | None = None,
-    extra: Extra | None = None,
+    table: Any = None,
 ) -> Chosen:
-    """What stays. `following` narrows layers that follow others, after each selection."""
+    """What stays. `following` narrows layers that follow others, after each selection; `table` is
+    that of latencies, where a target is one."""
     maker = _Maker(analysis, scores, following)
     if chosen.target is None:
         return maker.made(options)
-    goal = budget(analysis, chosen.target, extra)
+    goal = budget(analysis, chosen.target, table)
     if options.rule == "knapsack":
         found = _by_knapsack(maker, options, goal)
     else:

@@ -26,9 +26,9 @@ from .errors import InputError, ModelError, OptionError, first_line
 from .groups import Group
 from .ids import Layer, Value
 from .linear import Linear, linear
+from .progress import Progress
 
 Loss = Callable[[Any, Any], Tensor]
-Progress = Callable[[str, float], None]
 _ROWS = 65536  # of a batch, at most, that go into a Gram matrix
 _WIDEST = 4096  # places that get one
 

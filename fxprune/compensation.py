@@ -14,7 +14,6 @@ its statistics, is read off the rules; nothing here knows an op.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -27,12 +26,12 @@ from .check import check_choice, clone, device_of
 from .errors import OptionError, RuleError
 from .ids import Value
 from .linear import Linear, Problem, linear
+from .progress import Progress
 from .stepping import Stepper
 from .widths import Widths
 
 Compensate = Literal["least_squares", "bias", "statistics"]
 WAYS: tuple[Compensate, ...] = ("least_squares", "bias", "statistics")
-Progress = Callable[[str, float], None]
 _RIDGE = 1e-4
 
 

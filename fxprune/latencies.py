@@ -13,7 +13,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,8 +24,8 @@ from torch import nn
 from .check import check_count, device_of, usable_device
 from .errors import InputError, ModelError, OptionError, first_line
 from .inputs import Inputs, batched, candidates, given, of_spec, random_like
+from .progress import Progress, unseen
 
-Progress = Callable[[str, float], None]
 _BLOCK_S = 0.002  # a sample is as many calls as take so long: clocks are coarse
 _LEAST = 8  # rounds; 6 are needed for an interval of 95 %
 _STABLE = 0.05
@@ -152,7 +152,7 @@ def latency(
     """
     named = {type(networks).__name__: networks} if isinstance(networks, nn.Module) else networks
     _check(named, batch_sizes, threads, rounds, budget_s, confidence)
-    plan = _Plan(rounds, budget_s, confidence, progress or _unseen)
+    plan = _Plan(rounds, budget_s, confidence, progress or unseen)
     measured: list[Measured] = []
     speedups: list[Speedup] = []
     with _settings(named, threads):
@@ -173,10 +173,6 @@ class _Plan:
     budget_s: float
     confidence: float
     progress: Progress
-
-
-def _unseen(what: str, share: float) -> None:
-    """Shows nothing."""
 
 
 def _check(

@@ -20,8 +20,8 @@ from .alone import Alone, params_of
 from .analysis import Analysis
 from .errors import InputError
 from .ids import Value
-from .latencies import Progress
 from .planning import kept_ids
+from .progress import Progress
 from .select import Options, select
 from .timings import Timings
 from .trees import has_tensors, leaves

@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,13 @@ from torch import Tensor
 
 from .analysis import Analysis, analyze
 from .check import check_count, device_of, usable_device
+from .costs import Term
 from .errors import OptionError, PlanError
 from .inputs import batched
-from .latencies import Progress, _settings, _unseen
+from .latencies import _settings
 from .latency_grid import Entry, Grid
 from .latency_wholes import dtype_of, whole_times
+from .progress import Progress, unseen
 from .timings import Timings, default_folder, environment
 
 
@@ -91,7 +93,7 @@ class LatencyTable:
         with _settings({"": analysis.model}, threads):
             timings = Timings(where, environment(where, dtype_of(analysis)), folder)
             try:
-                return _measured(analysis, timings, points, budget_s, progress or _unseen)
+                return _measured(analysis, timings, points, budget_s, progress or unseen)
             finally:
                 timings.save()  # what is known need not be measured again, whatever happened
 
@@ -103,20 +105,32 @@ class LatencyTable:
                 f"the mask has the shape {tuple(kept.shape)}, the network {self.count} ids",
                 hint="the mask and the table must come from one analysis",
             )
-        return self._whole(self.parts_ms(kept))
+        return self.whole_of(self.parts_ms(kept))
 
     def parts_ms(self, kept: Tensor | None = None) -> float:
         """The sum of what the ops take alone."""
-        shares = [1.0 if kept is None else float(kept[ids].float().mean()) for ids in self._ids]
-        return sum(surface(shares) for surface in self._surfaces)
+        kept = torch.ones(self.count, dtype=torch.bool) if kept is None else kept
+        return sum(_at(surface, self._ids, kept) for surface in self._surfaces)
 
-    def _whole(self, parts: float) -> float:
+    def whole_of(self, parts: float) -> float:
         """What a network takes whose ops alone take so long."""
-        if not self.alone_ms:
-            return parts
-        nearest = min(max(parts, self.alone_ms[0]), self.alone_ms[-1])
-        whole = float(np.interp(nearest, self.alone_ms, self.whole_ms))
-        return whole * parts / nearest
+        return _mapped(parts, self.alone_ms, self.whole_ms)
+
+    def parts_of(self, whole: float) -> float:
+        """What the ops of a network may take alone, if it shall take so long; 0 where none does."""
+        low, high = 0.0, max(self.alone_ms[-1] if self.alone_ms else whole, whole) * 4
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.whole_of(middle) <= whole else (low, middle)
+        return low
+
+    def terms(self, analysis: Analysis) -> Iterator[Term]:
+        """What ops take alone, as summands of a cost."""
+        channel = analysis.all_groups.channel
+        for surface in self._surfaces:
+            ids = [self._ids[axis] for axis in surface.axes]
+            found = np.unique(channel[torch.cat(ids).numpy()]) if ids else np.zeros(0, np.int64)
+            yield Term(partial(_at, surface, self._ids), found[found > 0])
 
     @cached_property
     def _ids(self) -> list[Tensor]:
@@ -228,11 +242,24 @@ class _Surface:
         grid = ms.reshape([len(each) for each in shares])
         self.linear = RegularGridInterpolator(shares, grid) if axes else None
 
-    def __call__(self, shares: list[float]) -> float:
+    def __call__(self, shares: Sequence[float]) -> float:
+        """The time at a share of each axis."""
         if self.linear is None:
             return self.constant
-        ends = zip(self.axes, self.ends, strict=True)
-        return self.linear([min(max(shares[a], low), high) for a, (low, high) in ends]).item()
+        pairs = zip(shares, self.ends, strict=True)
+        return self.linear([min(max(share, low), high) for share, (low, high) in pairs]).item()
+
+
+def _at(surface: _Surface, ids: Sequence[Tensor], kept: Tensor) -> float:
+    """What ops take with only the ids in a mask."""
+    return surface([float(kept[ids[axis]].float().mean()) for axis in surface.axes])
+
+
+def _mapped(parts: float, alone: Sequence[float], whole: Sequence[float]) -> float:
+    if not alone:
+        return parts
+    nearest = min(max(parts, alone[0]), alone[-1])
+    return float(np.interp(nearest, alone, whole)) * parts / nearest
 
 
 # -- arguments -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,12 @@ from .select import Options, Selection, asked_rate, asked_widths, own_value
 from .settings import Settings, as_options
 from .squeeze import Squeeze, follow
 from .squeeze import outside as squeezes
-from .targets import Extra, Reached
+from .targets import Reached
 from .watch import Watch
 from .widths import Widths
+
+if TYPE_CHECKING:
+    from .latency_table import LatencyTable
 
 
 class Made(NamedTuple):
@@ -50,14 +53,14 @@ def make_plan(
     with_scores: bool = False,
     scorer: Scorer | None = None,
     calibration: Calibration | None = None,
-    extra: Extra | None = None,
+    table: LatencyTable | None = None,
 ) -> Made:
     """Score, select, and write down what stays; the plan holds the scores where asked to. A
     `scorer` gives scores of another source than the network's own weights; `calibration` is what
-    data said, `extra` gives costs that had to be measured."""
+    data said, `table` is that of latencies."""
     options = _bound_as(analysis, chosen)
     scores = _Scores(analysis, chosen, scorer, calibration)
-    chosen_by = choose(analysis, scores, options, chosen, _following(analysis, chosen), extra)
+    chosen_by = choose(analysis, scores, options, chosen, _following(analysis, chosen), table)
     found, selection = chosen_by.scores, chosen_by.selection
     watch("score", analysis, scores.last)
     kept = kept_ids(analysis, selection.kept)

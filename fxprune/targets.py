@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .analysis import Analysis
 from .check import check_choice
-from .costs import TERMS, Costs
+from .costs import TERMS, Costs, Term
 from .errors import OptionError
+
+if TYPE_CHECKING:
+    from .latency_table import LatencyTable
 
 KINDS = ("macs", "params", "latency_ms")
 CLOSE = 0.01  # a budget is met where the cost is that near, and not above
@@ -73,24 +76,30 @@ class Budget:
     targets: dict[str, float]
     costs: Costs
     aims: dict[str, float] = field(default_factory=dict)
+    table: LatencyTable | None = None
 
     def reached(self, costs: Mapping[str, float], notes: Mapping[str, str]) -> list[Reached]:
-        dense = self.costs.dense
-        return [
-            Reached(kind, target, dense[kind], costs[kind], notes.get(kind, ""))
-            for kind, target in self.targets.items()
-        ]
+        found = []
+        for kind, target in self.targets.items():
+            amounts = (target, self.costs.dense[kind], costs[kind])
+            if kind == "latency_ms" and self.table is not None:  # what ops take alone
+                amounts = tuple(map(self.table.whole_of, amounts))  # type: ignore[assignment]
+            found.append(Reached(kind, *amounts, notes.get(kind, "")))
+        return found
 
 
-Extra = Mapping[str, Callable[[Analysis], Any]]
-
-
-def budget(analysis: Analysis, target: Mapping[str, float], extra: Extra | None = None) -> Budget:
-    """The budget of a network; `extra` gives the terms of costs that have to be measured first."""
-    known = {**TERMS, **(extra or {})}
+def budget(
+    analysis: Analysis, target: Mapping[str, float], table: LatencyTable | None = None
+) -> Budget:
+    """The budget of a network; `table` tells what ops take, where time is limited."""
+    known: dict[str, Callable[[Analysis], Iterable[Term]]] = dict(TERMS)
+    if table is not None:
+        known["latency_ms"] = table.terms
     costs = Costs(analysis, {kind: list(known[kind](analysis)) for kind in target})
-    amounts = {
-        kind: amount * costs.dense[kind] if amount <= 1 and kind != "latency_ms" else amount
-        for kind, amount in target.items()
-    }
-    return Budget(amounts, costs, dict(amounts))
+    amounts = {}
+    for kind, amount in target.items():
+        if kind == "latency_ms" and table is not None:
+            amounts[kind] = table.parts_of(amount)
+        else:
+            amounts[kind] = amount * costs.dense[kind] if amount <= 1 else amount
+    return Budget(amounts, costs, dict(amounts), table)

@@ -53,7 +53,10 @@ class Functional(nn.Module):
         )
 
 
-BN = nn.BatchNorm2d
+def _conv_tbc(x, w, b):
+    return torch.conv_tbc(x.permute(2, 0, 1).contiguous(), w, b, 1)
+
+
 CONSUMERS = {
     "conv": (nn.Conv2d(8, 5, 3), 2),
     "conv, strided, padded": (nn.Conv2d(8, 5, 3, stride=2, padding=1, bias=False), 2),
@@ -71,9 +74,7 @@ CONSUMERS = {
     "matmul": (Functional(torch.matmul, 8, 5), 0),
     "einsum": (Functional(lambda x, w: torch.einsum("nchw,oc->nohw", x, w), 5, 8), 2),
     "conv_tbc": (
-        Functional(
-            lambda x, w, b: torch.conv_tbc(x.permute(2, 0, 1).contiguous(), w, b, 1), 3, 8, 5, bias=5
-        ), 1,
+        Functional(_conv_tbc, 3, 8, 5, bias=5), 1,
     ),
 }  # fmt: skip
 
