@@ -113,10 +113,11 @@ def _shuffled(count: int, generator: Generator) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def fit(model: nn.Module, task: Task, steps: int, seed: int = 0) -> None:
-    """Train on shuffled, augmented batches with a one-cycle rate, then set to eval mode."""
+def fit(model: nn.Module, task: Task, steps: int, seed: int = 0, factor: float = 1.0) -> None:
+    """Train on shuffled, augmented batches with a one-cycle rate, whose highest is the task's own
+    times a factor, then set to eval mode."""
     optimizer = task.optimizer(laid_out(model))
-    rate = optimizer.param_groups[0]["lr"]
+    rate = optimizer.param_groups[0]["lr"] * factor
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     model.train()
     for x, y in islice(_endless(task, torch.Generator().manual_seed(seed)), steps):
