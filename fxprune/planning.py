@@ -45,9 +45,9 @@ def make_plan(
 ) -> Made:
     """Score, select, and write down what stays; the plan holds the scores where asked to. A
     `scorer` gives scores of another source than the network's own weights."""
-    options = _bound_as(analysis, chosen)
+    options = bound_options(analysis, chosen)
     groups = analysis.all_groups
-    scores = scorer(options, chosen) if scorer else _scores(analysis, options, chosen)
+    scores = scorer(options, chosen) if scorer else scored(analysis, options, chosen)
     watch("score", analysis, scores)
     selection = select(groups, scores, options)
     if isinstance(chosen.squeeze, Squeeze):
@@ -66,13 +66,14 @@ def plan_of(analysis: Analysis, selection: Selection, chosen: Settings) -> Made:
     return Made(made.model_copy(update={"rate": None}), kept, {})
 
 
-def _scores(analysis: Analysis, options: Options, chosen: Settings) -> dict[int, np.ndarray]:
+def scored(analysis: Analysis, options: Options, chosen: Settings) -> dict[int, np.ndarray]:
+    """The scores by the settings' criterion, which is told widths where it chooses sets."""
     groups, criterion = analysis.all_groups, chosen.found
     keep = asked_widths(groups, options) if criterion.kind == "set" else None
     return score(groups, analysis.tensors, criterion, reduce=chosen.reduce, keep=keep)
 
 
-def _bound_as(analysis: Analysis, chosen: Settings) -> Options:
+def bound_options(analysis: Analysis, chosen: Settings) -> Options:
     """The options bound to this network; errors name the recipe they are from."""
     try:
         options = _bound(analysis, chosen)

@@ -56,7 +56,7 @@ class Selection:
 
 
 @dataclass
-class _Family:
+class Family:
     """Groups that constraints bind together; most are a single group."""
 
     groups: list[int]
@@ -70,7 +70,7 @@ def select(groups: Groups, scores: Mapping[int, np.ndarray], options: Options) -
     asked = {i: asked_rate(groups, i, options) for i in scores}
     wanted = _wanted(groups, scores, asked, options)
     must = _must_stay(groups, scores, options)
-    for family in _families(groups, scores):
+    for family in families(groups, scores):
         _choose(groups, family, scores, wanted, options, must, kept, reasons)
     _restore_broken(groups, scores, kept, reasons)
     if options.rule != "rate" or options.scope == "global":
@@ -176,8 +176,8 @@ def _global(
     return {**apart, **{i: int(gone[owner == i].sum()) for i in shared}}
 
 
-def _families(groups: Groups, scores) -> list[_Family]:
-    """Connect the groups that share a constraint."""
+def families(groups: Groups, scores) -> list[Family]:
+    """The groups of `scores`, those that share a constraint together."""
     owner = np.full(int(groups.channel.max()) + 1, -1)
     for i in scores:
         owner[groups.groups[i].channels] = i
@@ -193,13 +193,13 @@ def _families(groups: Groups, scores) -> list[_Family]:
     for _, members in touched:
         for member in members[1:]:
             parent[root(int(member))] = root(int(members[0]))
-    families: dict[int, _Family] = {}
+    found: dict[int, Family] = {}
     for i in scores:
-        families.setdefault(root(i), _Family([], [])).groups.append(i)
+        found.setdefault(root(i), Family([], [])).groups.append(i)
     for constraint, members in touched:
         if len(members):
-            families[root(int(members[0]))].constraints.append(constraint)
-    return list(families.values())
+            found[root(int(members[0]))].constraints.append(constraint)
+    return list(found.values())
 
 
 def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
@@ -219,7 +219,7 @@ def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
 
 
 def _choose(
-    groups: Groups, family: _Family, scores, wanted, options: Options, must, kept, reasons
+    groups: Groups, family: Family, scores, wanted, options: Options, must, kept, reasons
 ) -> None:
     """Mark the channels of a family that go."""
     channels = np.concatenate([groups.groups[i].channels for i in family.groups])
@@ -240,7 +240,7 @@ def _choose(
 
 
 def _bound(
-    groups: Groups, family: _Family, channels, value, must, options: Options, limit: int
+    groups: Groups, family: Family, channels, value, must, options: Options, limit: int
 ) -> np.ndarray:
     """What stays of a family; fewer go until every group's width is one that `round_to` and
     `max_rate` allow."""
@@ -276,7 +276,7 @@ def _normal(scores: np.ndarray) -> np.ndarray:
 
 def _restore_broken(groups: Groups, scores, kept: np.ndarray, reasons: dict[int, str]) -> None:
     """Where no uneven choice could be made even, keep all channels of the groups bound together."""
-    for family in _families(groups, scores):
+    for family in families(groups, scores):
         for constraint in family.constraints:
             counts = kept[constraint.rows].sum(1)
             if counts.min() != counts.max() or not counts.min():
