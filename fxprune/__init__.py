@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from .analysis import Analysis
     from .api import analyze, apply, count, plan, prune, verify
     from .criteria import criterion
+    from .curves import Sensitivity
     from .errors import FxpruneError
     from .iterating import iterate
     from .latencies import Latency, latency
     from .masks import from_masks
     from .plans import Plan
     from .saving import load, save
+    from .sensitivities import sensitivity
     from .sparse import SparsityPenalty
     from .verifier import Verification
     from .viewer import view
@@ -29,6 +31,7 @@ _HOMES = {
     "FxpruneError": "errors",
     "Latency": "latencies",
     "Plan": "plans",
+    "Sensitivity": "curves",
     "SparsityPenalty": "sparse",
     "Verification": "verifier",
     "analyze": "api",
@@ -42,6 +45,7 @@ _HOMES = {
     "plan": "api",
     "prune": "api",
     "save": "saving",
+    "sensitivity": "sensitivities",
     "verify": "api",
     "view": "viewer",
 }
@@ -50,6 +54,7 @@ __all__ = [
     "FxpruneError",
     "Latency",
     "Plan",
+    "Sensitivity",
     "SparsityPenalty",
     "Verification",
     "analyze",
@@ -69,6 +74,7 @@ __all__ = [
     "recipes",
     "rules",
     "save",
+    "sensitivity",
     "sparse",
     "verify",
     "view",
