@@ -183,7 +183,7 @@ def tables(rows: dict[tuple, Row]) -> str:
 
 def _table(rows: list[Row]) -> str:
     lines = [
-        "| MACs asked | tool | way | MACs left | held out | as pruned | fine-tuned | gently | seeds |",
+        "| MACs | tool | way | MACs left | held out | as pruned | fine-tuned | gently | seeds |",
         "|--:|---|---|--:|--:|--:|--:|--:|--:|",
     ]
     groups: dict[tuple, list[Row]] = {}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .analysis import Analysis
     from .api import analyze, apply, count, plan, prune, verify
     from .criteria import criterion
+    from .curves import Sensitivity
     from .errors import FxpruneError
     from .iterating import iterate
     from .latencies import Latency, latency
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from .masks import from_masks
     from .plans import Plan
     from .saving import load, save
+    from .sensitivities import sensitivity
     from .sparse import SparsityPenalty
     from .verifier import Verification
     from .viewer import view
@@ -31,6 +33,7 @@ _HOMES = {
     "Latency": "latencies",
     "LatencyTable": "latency_table",
     "Plan": "plans",
+    "Sensitivity": "curves",
     "SparsityPenalty": "sparse",
     "Verification": "verifier",
     "analyze": "api",
@@ -44,6 +47,7 @@ _HOMES = {
     "plan": "api",
     "prune": "api",
     "save": "saving",
+    "sensitivity": "sensitivities",
     "verify": "api",
     "view": "viewer",
 }
@@ -53,6 +57,7 @@ __all__ = [
     "Latency",
     "LatencyTable",
     "Plan",
+    "Sensitivity",
     "SparsityPenalty",
     "Verification",
     "analyze",
@@ -72,6 +77,7 @@ __all__ = [
     "recipes",
     "rules",
     "save",
+    "sensitivity",
     "sparse",
     "verify",
     "view",

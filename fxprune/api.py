@@ -22,6 +22,7 @@ from .compensation import compensate as fit
 from .copies import narrow
 from .counters import Counts
 from .criteria import CriterionLike
+from .curves import Sensitivity
 from .errors import ModelError, NothingToPrune, OptionError, PlanError
 from .flow import Mixing
 from .frontends import Frontend
@@ -74,6 +75,7 @@ def prune(
     round_to: int | Literal["auto"] | None = None,
     target: Mapping[str, float] | None = None,
     normalize: Normalize | None = None,
+    sensitivity: Sensitivity | None = None,
     data: Any = None,
     loss: Loss | None = None,
     compensate: Compensate | bool | None = None,
@@ -125,6 +127,8 @@ def prune(
         normalize: scores of each group over their "mean", "std", "sum" or "max", for rankings over
             the network; "kind": ranked among groups of one kind alone; "none". By default none, but
             in a knapsack of scores that are not comparable: "mean", times the coupled layers.
+        sensitivity: what `fxprune.sensitivity` measured: in a knapsack, what a group loses with a
+            share of its channels is read off its curve, and scores only say which channels go.
         data: batches for criteria that need data, and for `compensate`: a list or DataLoader of
             inputs, or of pairs (inputs, target).
         loss: a function of (output, target) for criteria of gradients, a mean over items; default:
@@ -347,6 +351,7 @@ def plan(
     round_to: int | Literal["auto"] | None = None,
     target: Mapping[str, float] | None = None,
     normalize: Normalize | None = None,
+    sensitivity: Sensitivity | None = None,
     data: Any = None,
     loss: Loss | None = None,
     latency_table: LatencyTable | None = None,

@@ -115,7 +115,9 @@ def _by_rate(maker: _Maker, options: Options, goal: Budget) -> Chosen:
 def _filled(maker: _Maker, goal: Budget, best: Chosen, above: Chosen) -> None:
     """Give groups the width of the next lower rate, one after the other, while the targets hold."""
     kept, wider = best.selection.kept, above.selection.kept
-    for channels in families(maker.analysis.all_groups, best.scores):
+    groups = maker.analysis.all_groups
+    for family in families(groups, best.scores):
+        channels = np.concatenate([groups.groups[i].channels for i in family.groups])
         before = kept[channels].copy()
         if (before == wider[channels]).all():
             continue

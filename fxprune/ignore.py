@@ -120,3 +120,11 @@ def _must_match(found: bool, what: str, pattern: str, known: Iterable[str]) -> N
             f"{what} matches nothing in the model",
             hint=nearest(pattern, known) or "patterns are shell-style, as in `layer1.*.conv2`",
         )
+
+
+def by_name(given: Any, model: nn.Module) -> Any:
+    """Modules by their names, which those of a copy share."""
+    names = {id(module): name for name, module in model.named_modules()}
+    if isinstance(given, (str, nn.Module, type)):
+        return names.get(id(given), given)
+    return [names.get(id(each), each) for each in given]

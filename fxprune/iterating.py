@@ -23,6 +23,7 @@ from .api import analyze, check_prunable, pruned_by
 from .check import check_count, check_model, clone, tensors_of
 from .errors import ModelError, OptionError
 from .groups import Member
+from .ignore import by_name
 from .planning import make_plan
 from .plans import Kept, Plan
 from .pruned import PrunedModule
@@ -77,7 +78,7 @@ def iterate(
     check_count("steps", steps)
     check_model(model)
     named: dict[str, Any] = {
-        option: _by_name(options[option], model)
+        option: by_name(options[option], model)
         for option in ("only", "ignore")
         if option in options
     }
@@ -130,14 +131,6 @@ def _check_same(pruned: nn.Module, names: set[str] | None) -> None:
     changed = names ^ set(tensors_of(pruned)) if names is not None else ()
     if changed:
         raise ModelError(f"`{min(changed)}` came or went in training", hint=_AS_IT_IS)
-
-
-def _by_name(given: Any, model: nn.Module) -> Any:
-    """Modules by their names, which those of a copy share."""
-    names = {id(module): name for name, module in model.named_modules()}
-    if isinstance(given, (str, nn.Module, type)):
-        return names.get(id(given), given)
-    return [names.get(id(each), each) for each in given]
 
 
 def _example(analysis: Analysis) -> Any:

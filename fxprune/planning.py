@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from .analysis import Analysis
 from .budgeting import choose
 from .calibration import Calibration
+from .curves import unique
 from .errors import OptionError
 from .ids import Freeze
 from .ignore import check_patterns, ignored, selected
@@ -20,7 +22,7 @@ from .multiples import liked
 from .normalize import by_layers, normalized
 from .plans import GroupPlan, Plan, fingerprint, shapes_of
 from .score import score
-from .select import Options, Selection, asked_rate, asked_widths, own_value
+from .select import Curve, Options, Selection, asked_rate, asked_widths, own_value
 from .settings import Settings, as_options
 from .squeeze import Squeeze, follow
 from .squeeze import outside as squeezes
@@ -58,7 +60,7 @@ def make_plan(
     """Score, select, and write down what stays; the plan holds the scores where asked to. A
     `scorer` gives scores of another source than the network's own weights; `calibration` is what
     data said, `table` is that of latencies."""
-    options = _bound_as(analysis, chosen)
+    options = bound_options(analysis, chosen)
     scores = _Scores(analysis, chosen, scorer, calibration)
     chosen_by = choose(analysis, scores, options, chosen, _following(analysis, chosen), table)
     found, selection = chosen_by.scores, chosen_by.selection
@@ -97,7 +99,7 @@ class _Scores:
         if self.scorer:
             found = self.scorer(options, chosen)
         else:
-            found = _scores(self.analysis, options, chosen, self.calibration)
+            found = scored(self.analysis, options, chosen, self.calibration)
         if chosen.normalize is not None:
             return normalized(groups, found, chosen.normalize)
         adds_up = chosen.select_by == "knapsack" and not chosen.found.comparable
@@ -111,16 +113,20 @@ def plan_of(analysis: Analysis, selection: Selection, chosen: Settings) -> Made:
     return Made(made.model_copy(update={"rate": None}), kept, {})
 
 
-def _scores(
-    analysis: Analysis, options: Options, chosen: Settings, calibration: Calibration | None
+def scored(
+    analysis: Analysis,
+    options: Options,
+    chosen: Settings,
+    calibration: Calibration | None = None,
 ) -> dict[int, np.ndarray]:
+    """The scores by the settings' criterion, which is told widths where it chooses sets."""
     groups, criterion = analysis.all_groups, chosen.found
     keep = asked_widths(groups, options) if criterion.kind == "set" else None
     how: Any = {"reduce": chosen.reduce, "keep": keep, "calibration": calibration}
     return score(groups, analysis.tensors, criterion, **how)
 
 
-def _bound_as(analysis: Analysis, chosen: Settings) -> Options:
+def bound_options(analysis: Analysis, chosen: Settings) -> Options:
     """The options bound to this network; errors name the recipe they are from."""
     try:
         options = _bound(analysis, chosen)
@@ -138,8 +144,27 @@ def _bound(analysis: Analysis, chosen: Settings) -> Options:
     if chosen.squeeze is not None:
         outside |= squeezes(analysis)
     leave = ignored(analysis, chosen.ignore)
+    curves = _curves(analysis, chosen) if chosen.sensitivity is not None else {}
     own = {i: found for i in range(len(analysis.groups)) if (found := _own(analysis, chosen, i))}
-    return replace(as_options(chosen), ignored=leave, outside=outside, own=own)
+    return replace(as_options(chosen), ignored=leave, outside=outside, own=own, curves=curves)
+
+
+def _curves(analysis: Analysis, chosen: Settings) -> dict[int, Curve]:
+    """What was measured for each group. `OptionError` for a group of which nothing was."""
+    found: dict[int, Curve] = {}
+    known, names = chosen.sensitivity, set[str]()
+    for i, group in enumerate(analysis.groups):
+        if group.prunable:
+            name = unique(group.name, names)
+            names.add(name)
+            if name in known.groups or name in known.together:
+                found[i] = partial(known.loss_at, name)
+    if not found:
+        raise OptionError(
+            "the sensitivity knows no group of this network",
+            hint="measure it for this network: fxprune.sensitivity(model, data)",
+        )
+    return found
 
 
 def _own(analysis: Analysis, chosen: Settings, i: int) -> dict[str, Any]:

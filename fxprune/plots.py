@@ -1,4 +1,5 @@
-"""Pictures of a report. matplotlib is only imported to draw, and none of its global state used."""
+"""Pictures of reports and sensitivities. matplotlib is only imported to draw; none of its global
+state is used."""
 
 from __future__ import annotations
 
@@ -19,12 +20,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .curves import Sensitivity
     from .report import Report
 
 What = Literal["widths", "params", "macs", "scores"]
 
 # Of the palette of Okabe and Ito, which colour-blind people can tell apart.
 _AFTER, _GONE, _BEFORE = "#0072B2", "#E69F00", "#CBD2D9"
+_LINES = (_AFTER, "#D55E00", "#009E73", "#CC79A7", _GONE, "#56B4E9")
 _WIDE, _LONGEST = 9.0, 54  # inches; characters of a name
 _SMALL_SHARE = 0.005  # of the network: layers below it that do not multiply are joined
 _BINS = 40
@@ -256,3 +259,76 @@ def _named(report: Report, group: str) -> list[Scores]:
 def _together(scores: Sequence[Scores]) -> Scores:
     values, kept = ([getattr(each, part) for each in scores] for part in ("values", "kept"))
     return Scores(np.concatenate(values), np.concatenate(kept))
+
+
+# -- sensitivities ---------------------------------------------------------------------------------
+
+
+def curves(found: Sensitivity, ax: Axes | None) -> Figure:
+    """See `Sensitivity.plot`."""
+    check_matplotlib()
+    if not found.groups:
+        raise OptionError("no group has a curve", hint="ask for higher rates, or for other groups")
+    ax = _axes(ax, 5.2)
+    named = found.ranking[: len(_LINES)]
+    for name in found.ranking[len(_LINES) :]:
+        _line(ax, found.groups[name], _BEFORE, 1.0, 1)
+    for name, color in reversed(list(zip(named, _LINES, strict=False))):
+        _line(ax, found.groups[name], color, 1.8, 2)
+    _scaled(ax, found)
+    _label_ends(ax, [(name, _LINES[i], found.groups[name]) for i, name in enumerate(named)])
+    rest = len(found.groups) - len(named)
+    also = f"; the {rest} least sensitive of {len(found.groups)} groups in grey" if rest > 0 else ""
+    ax.set_title(
+        f"{found.model}: one group pruned alone, by {found.criterion}{also}",
+        loc="left",
+        fontsize=11,
+    )
+    return _figure(ax)
+
+
+def _line(ax: Axes, curve: Sequence[tuple[float, float]], color: str, width: float, z: int) -> None:
+    rates, losses = zip((0.0, 0.0), *curve, strict=True)
+    how: Any = {"color": color, "linewidth": width, "zorder": 2 + z, "markersize": 2 + width}
+    ax.plot(rates, losses, marker="o", **how)
+
+
+def _scaled(ax: Axes, found: Sensitivity) -> None:
+    """A log scale with zero on it: losses span decades, and some are nothing, or below."""
+    sizes = [abs(loss) for curve in found.groups.values() for _, loss in curve]
+    finite = sorted(size for size in sizes if 0 < size < math.inf)
+    if finite and finite[-1] > 20 * finite[0]:
+        threshold = max(finite[len(finite) // 10], finite[-1] / 1e4)
+        ax.set_yscale("symlog", linthresh=threshold, linscale=0.4)
+    ax.axhline(0, color="#888888", linewidth=0.8)
+    ax.set_xlim(0, 1)
+    ax.xaxis.set_major_formatter(_percent)
+    ax.set_xlabel("share of the group's channels that went", fontsize=9)
+    what = "loss" if found.measure == "loss" else "metric"
+    ax.set_ylabel(f"{what} {'added' if what == 'loss' else 'lost'}", fontsize=9)
+    ax.tick_params(labelsize=8)
+    ax.grid(color="#E3E6E9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _percent(value: float, place: object = None) -> str:
+    return f"{value:.0%}"
+
+
+def _label_ends(ax: Axes, lines: Sequence[tuple[str, str, Sequence[tuple[float, float]]]]) -> None:
+    """Names beside the ends of lines, in their order, moved apart where they would overlap."""
+    _figure(ax).draw_without_rendering()
+    scale = 72 / _figure(ax).dpi
+    points = [(ax.transData.transform(curve[-1])[1] * scale, each) for each in lines
+              if math.isfinite((curve := each[2])[-1][1])]  # fmt: skip
+    right = ax.transData.transform((1.0, 0.0))[0] * scale
+    last = -math.inf
+    for height, (name, color, curve) in sorted(points, key=lambda each: each[0]):
+        last = max(height, last + 11)
+        start = ax.transData.transform(curve[-1]) * scale
+        ax.annotate(
+            _short(name), curve[-1], (right - start[0] + 6, last - start[1]),
+            textcoords="offset points", fontsize=8, color=color, va="center", annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "alpha": 0.6},
+        )  # fmt: skip

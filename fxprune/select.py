@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from .costs import Costs
 from .groups import Constraint, Group, Groups
 from .program import solve
 
+Curve = Callable[[float], float]
 _LEVELS = 64  # of families whose choices have to be solved for
 
 Scope = Literal["local", "global"]
@@ -37,7 +38,8 @@ class Options:
     "knapsack" (the least summed score removed at which ``target`` is met: kind of cost -> amount).
     ``ignored``: group number -> why it is left alone. ``outside``: groups nothing is asked of.
     ``widths``: group number -> how many channels it keeps, over all rates. ``own``: group number ->
-    its own ``min_channels``, ``max_rate`` and ``round_to``.
+    its own ``min_channels``, ``max_rate`` and ``round_to``. ``curves``: group number -> what is
+    lost with a share of its channels, in place of the sum of their scores.
     """
 
     rate: float = 0.0
@@ -51,6 +53,7 @@ class Options:
     outside: frozenset[int] = frozenset()
     widths: Mapping[int, int] = field(default_factory=dict)
     target: Mapping[str, float] = field(default_factory=dict)
+    curves: Mapping[int, Curve] = field(default_factory=dict)
     own: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
 
     def of(self, i: int) -> Options:
@@ -71,7 +74,7 @@ class Selection:
 
 
 @dataclass
-class _Family:
+class Family:
     """Groups that constraints bind together; most are a single group."""
 
     groups: list[int]
@@ -93,7 +96,7 @@ def select(
     asked = {i: asked_rate(groups, i, options) for i in scores}
     wanted = _wanted(groups, scores, asked, options)
     must = _must_stay(groups, scores, options)
-    for family in _families(groups, scores):
+    for family in families(groups, scores):
         _choose(groups, family, scores, wanted, options, must, kept, reasons)
     _restore_broken(groups, scores, kept, reasons)
     if options.rule != "rate" or options.scope == "global":
@@ -106,8 +109,12 @@ def select(
 def _knapsack(groups: Groups, scores, options: Options, costs: Costs) -> Selection:
     kept = np.ones(int(groups.channel.max()) + 1, bool)
     must = _must_stay(groups, scores, options)
-    families = _families(groups, scores)
-    choices = [_choice(groups, family, scores, options, must) for family in families]
+    found = families(groups, scores)
+    choices = [_choice(groups, family, scores, options, must) for family in found]
+    for family, choice in zip(found, choices, strict=True):
+        curve = next((options.curves[i] for i in family.groups if i in options.curves), None)
+        if curve is not None:
+            choice.loss = _measured(choice, curve)
     solved = solve_for(choices, costs, options.target)
     for choice, level in zip(choices, solved.levels, strict=True):
         kept[choice.channels] = choice.masks[level]
@@ -116,7 +123,13 @@ def _knapsack(groups: Groups, scores, options: Options, costs: Costs) -> Selecti
     return Selection(kept, reasons, solved=solved)
 
 
-def _choice(groups: Groups, family: _Family, scores, options: Options, must) -> Choice:
+def _measured(choice: Choice, curve: Curve) -> np.ndarray:
+    """What was measured to be lost at each level; never less than with fewer gone."""
+    losses = [curve(count / len(choice.channels)) if count else 0.0 for count in choice.removed]
+    return np.maximum.accumulate(np.array(losses))
+
+
+def _choice(groups: Groups, family: Family, scores, options: Options, must) -> Choice:
     """The numbers of channels that a family may lose, and what is lost with them."""
     if not family.constraints:
         (i,) = family.groups
@@ -260,8 +273,8 @@ def _global(
     return {**apart, **{i: int(gone[owner == i].sum()) for i in shared}}
 
 
-def _families(groups: Groups, scores) -> list[_Family]:
-    """Connect the groups that share a constraint."""
+def families(groups: Groups, scores) -> list[Family]:
+    """The groups of `scores`, those that share a constraint together."""
     owner = np.full(int(groups.channel.max()) + 1, -1)
     for i in scores:
         owner[groups.groups[i].channels] = i
@@ -277,21 +290,13 @@ def _families(groups: Groups, scores) -> list[_Family]:
     for _, members in touched:
         for member in members[1:]:
             parent[root(int(member))] = root(int(members[0]))
-    families: dict[int, _Family] = {}
+    found: dict[int, Family] = {}
     for i in scores:
-        families.setdefault(root(i), _Family([], [])).groups.append(i)
+        found.setdefault(root(i), Family([], [])).groups.append(i)
     for constraint, members in touched:
         if len(members):
-            families[root(int(members[0]))].constraints.append(constraint)
-    return list(families.values())
-
-
-def families(groups: Groups, scores: Mapping[int, np.ndarray]) -> list[np.ndarray]:
-    """The channels of groups that are chosen together."""
-    return [
-        np.concatenate([groups.groups[i].channels for i in family.groups])
-        for family in _families(groups, scores)
-    ]
+            found[root(int(members[0]))].constraints.append(constraint)
+    return list(found.values())
 
 
 def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
@@ -311,7 +316,7 @@ def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
 
 
 def _choose(
-    groups: Groups, family: _Family, scores, wanted, options: Options, must, kept, reasons
+    groups: Groups, family: Family, scores, wanted, options: Options, must, kept, reasons
 ) -> None:
     """Mark the channels of a family that go."""
     channels = np.concatenate([groups.groups[i].channels for i in family.groups])
@@ -332,7 +337,7 @@ def _choose(
 
 
 def _bound(
-    groups: Groups, family: _Family, channels, value, must, options: Options, limit: int
+    groups: Groups, family: Family, channels, value, must, options: Options, limit: int
 ) -> np.ndarray:
     """What stays of a family; fewer go until every group's width is one that `round_to` and
     `max_rate` allow."""
@@ -369,7 +374,7 @@ def _normal(scores: np.ndarray) -> np.ndarray:
 
 def _restore_broken(groups: Groups, scores, kept: np.ndarray, reasons: dict[int, str]) -> None:
     """Where no uneven choice could be made even, keep all channels of the groups bound together."""
-    for family in _families(groups, scores):
+    for family in families(groups, scores):
         for constraint in family.constraints:
             counts = kept[constraint.rows].sum(1)
             if counts.min() != counts.max() or not counts.min():

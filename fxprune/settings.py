@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from .check import check_choice, check_count, check_share
 from .criteria import Criterion, CriterionLike, find
+from .curves import Sensitivity
 from .errors import OptionError
 from .flow import Mixing
 from .heads import Heads
@@ -38,6 +39,7 @@ class Settings:
     round_to: int | Literal["auto"] = 1
     target: Mapping[str, float] | None = None
     normalize: Normalize | None = None
+    sensitivity: Any = None
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None
     mixing: Mixing = "norms"
     scatter: bool = False
@@ -114,6 +116,13 @@ def _check(found: Settings) -> None:
         check_choice("normalize", found.normalize, NORMALIZE)
     if found.select_by == "knapsack" and found.target is None:
         raise OptionError('select_by="knapsack" needs a target', hint='target={"macs": 0.5}')
+    if found.sensitivity is not None and not isinstance(found.sensitivity, Sensitivity):
+        kind = type(found.sensitivity).__name__
+        raise OptionError(
+            f"sensitivity is a {kind}", hint="pass what fxprune.sensitivity(model, data) gave"
+        )
+    if found.sensitivity is not None and found.select_by != "knapsack":
+        raise OptionError("sensitivity is for a budget", hint='target={"macs": 0.5}')
     _check_set(found)
 
 

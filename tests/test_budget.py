@@ -256,3 +256,34 @@ def test_each_kind_loses_the_same_share():
     assert kept["layers.4.1"] == pytest.approx(0.5)
     raw = fxprune.plan(fxprune.analyze(model, X), scope="global", rate=0.5)
     assert {g.name: g.kept for g in raw.groups}["layers.4.1"] == 32
+
+
+# -- measured losses -------------------------------------------------------------------------------
+
+
+def test_what_was_measured_to_be_sensitive_keeps_its_channels():
+    model = Residual(16)
+    analysis = fxprune.analyze(model, X)
+    names = [group.name for group in analysis.groups if group.prunable]
+    curves = {name: [(0.25, 0.1), (0.5, 0.2), (0.9, 0.4)] for name in names}
+    curves["one.0"] = [(0.25, 50.0), (0.9, 500.0)]
+    sensitivity = fxprune.Sensitivity(model="Residual", criterion="l2", base=1.0, groups=curves)
+    plain, told = (
+        fxprune.prune(model, X, target={"macs": 0.4}, **more).fxprune.report
+        for more in ({}, {"sensitivity": sensitivity})
+    )
+    kept = [{row.name: row.kept for row in report.groups} for report in (plain, told)]
+    assert kept[1]["one.0"] == 9 > kept[0]["one.0"]
+    assert told.targets[0].met and told.macs[1] >= 0.9 * 0.4 * told.macs[0]
+
+
+def test_a_sensitivity_must_be_of_this_network_and_for_a_budget():
+    other = fxprune.Sensitivity(
+        model="Other", criterion="l2", base=1.0, groups={"features.0": [(0.5, 1.0)]}
+    )
+    with pytest.raises(OptionError, match="knows no group"):
+        fxprune.prune(Residual(), X, target={"macs": 0.5}, sensitivity=other)
+    with pytest.raises(OptionError, match="for a budget"):
+        fxprune.prune(Residual(), X, rate=0.5, sensitivity=other)
+    with pytest.raises(OptionError, match="sensitivity is a dict"):
+        fxprune.prune(Residual(), X, target={"macs": 0.5}, sensitivity={})
