@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .api import analyze, apply, count, plan, prune, verify
     from .criteria import criterion
     from .errors import FxpruneError
+    from .group_lasso import GroupLasso
     from .iterating import iterate
     from .latencies import Latency, latency
     from .masks import from_masks
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Analysis": "analysis",
     "FxpruneError": "errors",
+    "GroupLasso": "group_lasso",
     "Latency": "latencies",
     "Plan": "plans",
     "SparsityPenalty": "sparse",
@@ -48,6 +50,7 @@ _HOMES = {
 __all__ = [
     "Analysis",
     "FxpruneError",
+    "GroupLasso",
     "Latency",
     "Plan",
     "SparsityPenalty",
