@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .criteria import criterion
     from .errors import FxpruneError
     from .group_lasso import GroupLasso
+    from .growing import GrowingPenalty
     from .iterating import iterate
     from .latencies import Latency, latency
     from .masks import from_masks
@@ -29,6 +30,7 @@ _HOMES = {
     "Analysis": "analysis",
     "FxpruneError": "errors",
     "GroupLasso": "group_lasso",
+    "GrowingPenalty": "growing",
     "Latency": "latencies",
     "Plan": "plans",
     "SparsityPenalty": "sparse",
@@ -51,6 +53,7 @@ __all__ = [
     "Analysis",
     "FxpruneError",
     "GroupLasso",
+    "GrowingPenalty",
     "Latency",
     "Plan",
     "SparsityPenalty",

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .analysis import Analysis
 from .api import analyze, check_prunable, pruned_by
@@ -24,11 +24,12 @@ from .check import check_count, check_model, clone, tensors_of
 from .errors import ModelError, OptionError
 from .groups import Member
 from .planning import make_plan
-from .plans import Kept, Plan
+from .plans import Plan
 from .pruned import PrunedModule
 from .score import score
 from .select import Options, asked_widths
 from .settings import Settings, settings
+from .spread import spread
 from .watch import silent
 
 Schedule = Literal["linear", "geometric"] | Callable[[float], float]
@@ -271,39 +272,7 @@ def _put_back(whole: nn.Module, pruned: nn.Module, plan: Plan) -> None:
                 f"{name} is {list(found[name].shape)} after training, and was {list(tensor.shape)}",
                 hint=_AS_IT_IS,
             )
-        tensor.copy_(_spread(found[name], tensor, kept) if kept else found[name])
+        tensor.copy_(spread(found[name], tensor, kept) if kept else found[name])
     for name, module in whole.named_modules():
         if name in dict(pruned.named_modules()):
             module.training = pruned.get_submodule(name).training
-
-
-def _spread(small: Tensor, like: Tensor, kept: Mapping[int, Kept]) -> Tensor:
-    """A narrow tensor at its places in one as wide as the original."""
-    made = torch.zeros_like(like)
-    flat = [list(range(size)) for size in like.shape]
-    nested: dict[int, Any] = {}
-    for dim, indices in kept.items():
-        if indices and isinstance(indices[0], list):
-            nested[dim] = indices
-        else:
-            flat[dim] = [i for i in indices if isinstance(i, int)]
-    if not nested:
-        made[_grid(flat, like)] = small.to(like)
-        return made
-    ((dim, blocks),) = nested.items()
-    tall = like.shape[0] // len(blocks)
-    rows = np.array(flat[0]) // tall
-    for block, columns in enumerate(blocks):
-        mine = np.flatnonzero(rows == block)
-        part = [*flat]
-        part[0], part[dim] = [flat[0][i] for i in mine], list(columns)
-        made[_grid(part, like)] = small[torch.as_tensor(mine, device=small.device)].to(like)
-    return made
-
-
-def _grid(indices: list[list[int]], like: Tensor) -> tuple[Tensor, ...]:
-    grids = torch.meshgrid(
-        *(torch.tensor(each, dtype=torch.long, device=like.device) for each in indices),
-        indexing="ij",
-    )
-    return tuple(grids)
