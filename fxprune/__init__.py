@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .api import analyze, apply, count, plan, prune, verify
     from .criteria import criterion
     from .errors import FxpruneError
+    from .finetuning import History, finetune
     from .group_lasso import GroupLasso
     from .growing import GrowingPenalty
     from .iterating import iterate
@@ -31,6 +32,7 @@ _HOMES = {
     "FxpruneError": "errors",
     "GroupLasso": "group_lasso",
     "GrowingPenalty": "growing",
+    "History": "finetuning",
     "Latency": "latencies",
     "Plan": "plans",
     "SparsityPenalty": "sparse",
@@ -39,6 +41,7 @@ _HOMES = {
     "apply": "api",
     "count": "api",
     "criterion": "criteria",
+    "finetune": "finetuning",
     "from_masks": "masks",
     "iterate": "iterating",
     "latency": "latencies",
@@ -54,6 +57,7 @@ __all__ = [
     "FxpruneError",
     "GroupLasso",
     "GrowingPenalty",
+    "History",
     "Latency",
     "Plan",
     "SparsityPenalty",
@@ -64,6 +68,7 @@ __all__ = [
     "criteria",
     "criterion",
     "errors",
+    "finetune",
     "from_masks",
     "hub",
     "iterate",
