@@ -22,7 +22,7 @@ from .check import check_choice, check_count, check_share, device_of, usable_dev
 from .distilling import Loss, distance, task_loss
 from .errors import InputError, ModelError, OptionError, SaveError, first_line
 from .files import write_whole
-from .penalties import check_number
+from .penalties import attached, check_number
 
 Progress = Callable[[int, int, float], Any]
 Makes = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -93,7 +93,7 @@ def finetune(
             at the end. If it is there, the run goes on from it, and ends with the weights of a run
             that was never killed, bit for bit, where batches depend on torch's random numbers
             alone and the device computes the same each time. Penalties that are attached to the
-            optimizer are not in it.
+            optimizer are in it; attach them again, in the same order, before going on.
         every: steps between two writings of `checkpoint`.
         seed: of the order of batches, dropout and the like.
 
@@ -319,6 +319,9 @@ def _modes(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
 # -- a run on disk ---------------------------------------------------------------------------------
 
 
+_BROKEN = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
+
+
 @dataclass
 class _Checkpoint:
     """The file that holds a run: weights, the optimizer's state, random numbers, and the place."""
@@ -333,6 +336,7 @@ class _Checkpoint:
             "about": self.about,
             "model": run.model.state_dict(),
             "optimizer": run.optimizer.state_dict(),
+            "penalties": [penalty.state_dict() for penalty in attached(run.optimizer)],
             "random": _get_random(run.device),
             "place": [at.epoch, at.batch],
             "losses": torch.tensor(at.history.losses, dtype=torch.float64),
@@ -348,10 +352,12 @@ class _Checkpoint:
         try:
             run.model.load_state_dict(state["model"])
             run.optimizer.load_state_dict(state["optimizer"])
+            for penalty, own in zip(attached(run.optimizer), state["penalties"], strict=True):
+                penalty.load_state_dict(own)
             history = History(state["losses"].tolist(), state["seconds"])
             epoch, batch = state["place"]
             return _Place(epoch, batch, history, state["random"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OptionError, *_BROKEN) as error:
             raise SaveError(
                 f"{self.path} does not fit this model and optimizer",
                 details=[("why", first_line(error))],

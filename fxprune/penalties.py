@@ -271,6 +271,11 @@ def _handles() -> list[tuple[Optimizer, Attached]]:
     return [(optimizer, handle) for optimizer, own in _ATTACHED.items() for handle in own]
 
 
+def attached(optimizer: Optimizer) -> list[Penalty]:
+    """The penalties that are attached to an optimizer, in the order in which they were."""
+    return [handle.penalty for handle in _ATTACHED.get(optimizer, ())]
+
+
 def _groups_of(optimizer: Optimizer) -> dict[int, dict[str, Any]]:
     return {id(param): group for group in optimizer.param_groups for param in group["params"]}
 

@@ -168,6 +168,33 @@ def test_a_killed_run_ends_bit_equal(tmp_path, step):
     assert [each.name for each in tmp_path.iterdir()] == ["run.pt"]
 
 
+def test_a_growing_penalty_goes_on_with_the_run(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(step, total, loss):
+        if step == 6:
+            raise Stop
+
+    def run(model, **options):
+        plan = fxprune.plan(fxprune.analyze(net(), torch.rand(2, 6)), rate=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+        penalty = fxprune.GrowingPenalty(model, plan, delta=0.05, every=2)
+        with penalty.attach(optimizer):
+            fxprune.finetune(model, data(), steps=10, optimizer=optimizer, **options)
+        return penalty
+
+    whole, resumed, file = net(), net(), tmp_path / "run.pt"
+    run(whole)
+    with pytest.raises(Stop):
+        run(net(), checkpoint=file, every=5, progress=stop)
+    assert run(resumed, checkpoint=file, every=5).count == 10
+    assert equal(resumed, whole)
+    with pytest.raises(SaveError, match="does not fit"):
+        optimizer = torch.optim.SGD(resumed.parameters(), lr=0.05, momentum=0.9)
+        fxprune.finetune(resumed, data(), steps=10, optimizer=optimizer, checkpoint=file)
+
+
 def test_a_finished_run_is_loaded(tmp_path):
     first, second = net(), net()
     fxprune.finetune(first, data(), checkpoint=tmp_path / "run.pt")
