@@ -43,8 +43,9 @@ class SparsityPenalty(Penalty):
 
     Without `attach`, call one of three yourself, once an update and never two of them:
 
-    `add_grad`  adds ``s * sign(gamma)``, 0 where gamma is 0; just before the optimizer's step, after
-                all backwards, ``scaler.unscale_`` and clipping. Under DDP every rank does the same.
+    `add_grad`  adds ``s * sign(gamma)``, 0 where gamma is 0; just before the optimizer's step,
+                after all backwards, ``scaler.unscale_`` and clipping. Under DDP every rank does
+                the same.
     `loss`      added to the loss; an accumulated loss gets it once, and clipping sees it.
     `prox`      just after the step, if it was not skipped: the one that gives exact zeros, and the
                 right one for Adam and its kin, which would rescale an added gradient to the size of
