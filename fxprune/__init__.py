@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from .criteria import criterion
     from .curves import Sensitivity
     from .errors import FxpruneError
+    from .finetuning import History, finetune
+    from .group_lasso import GroupLasso
+    from .growing import GrowingPenalty
     from .iterating import iterate
     from .latencies import Latency, latency
     from .latency_table import LatencyTable
@@ -30,6 +33,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "Analysis": "analysis",
     "FxpruneError": "errors",
+    "GroupLasso": "group_lasso",
+    "GrowingPenalty": "growing",
+    "History": "finetuning",
     "Latency": "latencies",
     "LatencyTable": "latency_table",
     "Plan": "plans",
@@ -40,6 +46,7 @@ _HOMES = {
     "apply": "api",
     "count": "api",
     "criterion": "criteria",
+    "finetune": "finetuning",
     "from_masks": "masks",
     "iterate": "iterating",
     "latency": "latencies",
@@ -54,6 +61,9 @@ _HOMES = {
 __all__ = [
     "Analysis",
     "FxpruneError",
+    "GroupLasso",
+    "GrowingPenalty",
+    "History",
     "Latency",
     "LatencyTable",
     "Plan",
@@ -66,6 +76,7 @@ __all__ = [
     "criteria",
     "criterion",
     "errors",
+    "finetune",
     "from_masks",
     "hub",
     "iterate",

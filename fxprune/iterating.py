@@ -9,27 +9,32 @@ plan can be applied to the original.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .analysis import Analysis
-from .api import analyze, check_prunable, pruned_by
-from .check import check_count, check_model, clone, tensors_of
+from .api import analyze, check_prunable, compensated, pruned_by
+from .batches import batches
+from .calibration import Calibration, Loss, calibrate
+from .check import check_count, check_model, clone, device_of, tensors_of
+from .compensation import Compensate, check_compensate
 from .errors import ModelError, OptionError
 from .groups import Member
 from .ignore import by_name
 from .planning import make_plan
-from .plans import Kept, Plan
+from .plans import Plan
+from .progress import unseen
 from .pruned import PrunedModule
 from .score import score
 from .select import Options, asked_widths
 from .settings import Settings, settings
+from .spread import spread
 from .watch import silent
 
 Schedule = Literal["linear", "geometric"] | Callable[[float], float]
@@ -48,6 +53,9 @@ def iterate(
     frontend: Literal["symbolic", "export", "record"] | None = None,
     strict: bool = False,
     start: nn.Module | None = None,
+    data: Any = None,
+    loss: Loss | None = None,
+    compensate: Compensate | bool | None = None,
     recipe: Any = None,
     **options: Any,
 ) -> Iterator[PrunedModule]:
@@ -69,8 +77,12 @@ def iterate(
         strict: as in `fxprune.prune`.
         start: a network that an earlier loop handed out, trained or loaded since: the loop goes on
             with the steps after it. `model` is the original, as in that loop.
+        data: as in `fxprune.prune`: at every step, criteria ask it of the trained network.
+        loss: as in `fxprune.prune`.
+        compensate: as in `fxprune.prune`: each network is fitted to the trained one before it.
         recipe: as in `fxprune.prune`.
-        options: rate, criterion, scope and the others of `fxprune.prune` that choose channels.
+        options: rate, or a target in shares, criterion, scope and the others of `fxprune.prune`
+            that choose channels.
 
     Raises what `fxprune.prune` raises, and `ModelError` where a handed out network was changed in
     other ways than by training. At the first step already, not when the loop begins.
@@ -86,18 +98,52 @@ def iterate(
     if unknown:
         raise OptionError(f"iterate has no option `{min(unknown)}`", hint=_OPTIONS)
     chosen = settings(recipe, {**options, **named})
+    _check_target(chosen)
     grows = _growth(schedule)
     how: Any = {name: getattr(chosen, name) for name in _READ_BY}
     whole = clone(model)  # it gets the trained weights
     analysis = analyze(whole, example_inputs, frontend=frontend, strict=strict, **how)
     check_prunable(analysis)
     rates = [grows(k / steps, chosen) for k in range(1, steps + 1)]
-    if any(a.rate > b.rate for a, b in pairwise(rates)):
+    if any(_asked(a) > _asked(b) for a, b in pairwise(rates)):
         raise OptionError("schedule falls", hint="channels that went do not come back")
     if start is not None:
-        plan = _plan_of(start, analysis)
-        rates = [at for at in rates if at.rate > (plan.rate or 0.0) + 1e-9]
-    return _steps(analysis, rates, verify, start)
+        done = _asked(_plan_of(start, analysis))
+        rates = [at for at in rates if _asked(at) > done + 1e-9]
+    fits = check_compensate(compensate)
+    known = batches(data, device_of(model)) if fits or chosen.found.needs else None
+    return _steps(analysis, rates, verify, start, _Data(known, loss, fits))
+
+
+@dataclass(frozen=True)
+class _Data:
+    """What steps do with data."""
+
+    batches: Any
+    loss: Loss | None
+    fits: Compensate | None
+
+    def calibration(self, analysis: Analysis, chosen: Settings) -> Calibration | None:
+        needs = chosen.found.needs
+        return calibrate(analysis, self.batches, needs, self.loss) if needs else None
+
+    def finish(self, analysis: Analysis) -> Any:
+        how = self.fits
+        return partial(compensated, analysis, self.batches, how, silent, unseen) if how else None
+
+
+def _asked(at: Settings | Plan) -> float:
+    """How much a step takes: its rate, or what its targets leave."""
+    return at.rate or 0.0 if not at.target else -sum(at.target.values())
+
+
+def _check_target(chosen: Settings) -> None:
+    for kind, amount in (chosen.target or {}).items():
+        if kind == "latency_ms" or amount > 1:
+            raise OptionError(
+                f"target[{kind!r}]={amount:g} is no share, and steps go by shares",
+                hint='target={"macs": 0.5}',
+            )
 
 
 def _plan_of(start: Any, analysis: Analysis) -> Plan:
@@ -112,16 +158,19 @@ def _plan_of(start: Any, analysis: Analysis) -> Plan:
 
 
 def _steps(
-    analysis: Analysis, rates: list[Settings], verify: Any, start: Any
+    analysis: Analysis, rates: list[Settings], verify: Any, start: Any, data: _Data
 ) -> Iterator[PrunedModule]:
     pruned, names = start, None
     for at in rates:
-        scorer = None if pruned is None else _Trained(analysis, pruned)
-        if pruned is not None:
+        how: dict[str, Any] = {}
+        if pruned is None:
+            how["calibration"] = data.calibration(analysis, at)
+        else:
+            how["scorer"] = _Trained(analysis, pruned, data)
             _check_same(pruned, names)
             _put_back(analysis.model, pruned, pruned.fxprune.plan)
-        make = partial(make_plan, analysis, at, silent, scorer=scorer)
-        pruned = pruned_by(analysis, make, verify, silent)
+        make = partial(make_plan, analysis, at, silent, **how)
+        pruned = pruned_by(analysis, make, verify, silent, data.finish(analysis))
         names = set(tensors_of(pruned))
         yield pruned
 
@@ -158,6 +207,9 @@ def _growth(schedule: Schedule) -> Callable[[float, Settings], Settings]:
         )
 
     def grows(done: float, chosen: Settings) -> Settings:
+        if chosen.target is not None:
+            left = {kind: 1 - shape(done, 1 - share) for kind, share in chosen.target.items()}
+            return replace(chosen, target=left)
         rates = {pattern: shape(done, rate) for pattern, rate in chosen.rates.items()}
         return replace(chosen, rate=shape(done, chosen.rate), rates=rates)
 
@@ -177,7 +229,8 @@ class _Trained:
     """Scores of the original's channels: those of the trained network, and lower ones for what went
     before."""
 
-    def __init__(self, analysis: Analysis, pruned: Any):
+    def __init__(self, analysis: Analysis, pruned: Any, data: _Data):
+        self.data = data
         self.analysis, self.plan = analysis, pruned.fxprune.plan
         how: Any = {name: getattr(analysis, name) for name in (*_READ_BY, "frontend")}
         self.small = analyze(pruned, _example(analysis), **how)
@@ -188,10 +241,12 @@ class _Trained:
         if chosen.found.kind == "set":
             widths = asked_widths(self.analysis.all_groups, options)
             keep = {
-                i: _asked(widths, groups, i, self.small) for i, (groups, _) in enumerate(places)
+                i: _width(widths, groups, i, self.small) for i, (groups, _) in enumerate(places)
             }
         groups, tensors = self.small.all_groups, self.small.tensors
-        found = score(groups, tensors, chosen.found, reduce=chosen.reduce, keep=keep)
+        how: Any = {"reduce": chosen.reduce, "keep": keep}
+        how["calibration"] = self.data.calibration(self.small, chosen)
+        found = score(groups, tensors, chosen.found, **how)
         scores = {
             i: np.full(len(group), np.nan)
             for i, group in enumerate(self.analysis.groups)
@@ -236,7 +291,7 @@ def _before(member: Member, size: int, plan: Plan) -> np.ndarray:
     return rows[block, within] + block * width
 
 
-def _asked(widths: Mapping[int, int], groups: np.ndarray, i: int, small: Analysis) -> int:
+def _width(widths: Mapping[int, int], groups: np.ndarray, i: int, small: Analysis) -> int:
     """How many channels a set criterion keeps of a group of the trained network."""
     return min(widths[int(groups[0])], len(small.groups[i]))
 
@@ -264,39 +319,7 @@ def _put_back(whole: nn.Module, pruned: nn.Module, plan: Plan) -> None:
                 f"{name} is {list(found[name].shape)} after training, and was {list(tensor.shape)}",
                 hint=_AS_IT_IS,
             )
-        tensor.copy_(_spread(found[name], tensor, kept) if kept else found[name])
+        tensor.copy_(spread(found[name], tensor, kept) if kept else found[name])
     for name, module in whole.named_modules():
         if name in dict(pruned.named_modules()):
             module.training = pruned.get_submodule(name).training
-
-
-def _spread(small: Tensor, like: Tensor, kept: Mapping[int, Kept]) -> Tensor:
-    """A narrow tensor at its places in one as wide as the original."""
-    made = torch.zeros_like(like)
-    flat = [list(range(size)) for size in like.shape]
-    nested: dict[int, Any] = {}
-    for dim, indices in kept.items():
-        if indices and isinstance(indices[0], list):
-            nested[dim] = indices
-        else:
-            flat[dim] = [i for i in indices if isinstance(i, int)]
-    if not nested:
-        made[_grid(flat, like)] = small.to(like)
-        return made
-    ((dim, blocks),) = nested.items()
-    tall = like.shape[0] // len(blocks)
-    rows = np.array(flat[0]) // tall
-    for block, columns in enumerate(blocks):
-        mine = np.flatnonzero(rows == block)
-        part = [*flat]
-        part[0], part[dim] = [flat[0][i] for i in mine], list(columns)
-        made[_grid(part, like)] = small[torch.as_tensor(mine, device=small.device)].to(like)
-    return made
-
-
-def _grid(indices: list[list[int]], like: Tensor) -> tuple[Tensor, ...]:
-    grids = torch.meshgrid(
-        *(torch.tensor(each, dtype=torch.long, device=like.device) for each in indices),
-        indexing="ij",
-    )
-    return tuple(grids)

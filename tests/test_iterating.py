@@ -241,3 +241,32 @@ def test_another_network_is_refused():
     pruned.norm = nn.BatchNorm2d(7)
     with pytest.raises((ModelError, fxprune.FxpruneError)):
         next(steps)
+
+
+# -- budgets and data ------------------------------------------------------------------------------
+
+
+def test_steps_go_towards_a_budget_with_data():
+    model = fxprune.models.resnet20().double().eval()
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    data = [(x, torch.arange(8))]
+    options = {"criterion": "fisher", "target": {"macs": 0.4}, "data": data, "compensate": True}
+    left, seen = [], []
+    for pruned in fxprune.iterate(model, x[:2], steps=3, **options):
+        report = pruned.fxprune.report
+        left.append(report.macs[1] / report.macs[0])
+        assert report.targets[0].met and report.compensation.fitted
+        kept = pruned.fxprune.plan.kept
+        for old in seen:
+            for name, dims in old.items():
+                for dim, indices in dims.items():
+                    assert set(kept[name][dim]) <= set(indices), "what went does not come back"
+        seen.append(kept)
+    assert left == pytest.approx([0.8, 0.6, 0.4], abs=0.01)
+
+
+def test_a_budget_of_steps_is_in_shares():
+    with pytest.raises(fxprune.errors.OptionError, match="no share"):
+        fxprune.iterate(fxprune.models.resnet20(), target={"latency_ms": 3})
+    with pytest.raises(fxprune.errors.OptionError, match="no share"):
+        fxprune.iterate(fxprune.models.resnet20(), target={"macs": 1e6})

@@ -1,0 +1,65 @@
+"""The losses of fine-tuning: that of the task, and how far outputs are from a teacher's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .errors import OptionError
+from .trees import leaves
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+def task_loss(outputs: Any, targets: Any) -> Tensor:
+    """Cross entropy where targets are class numbers, the mean squared error where they are floats
+    of the outputs' shape; `OptionError` for others."""
+    if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+        if not targets.is_floating_point():
+            return F.cross_entropy(outputs, targets)
+        if outputs.shape == targets.shape:
+            return F.mse_loss(outputs, targets)
+    raise OptionError(
+        f"there is no usual loss for outputs of {_said(outputs)} and targets of {_said(targets)}",
+        hint="give loss=, a function of outputs and targets",
+    )
+
+
+def distance(outputs: Any, wanted: Any, targets: Any, temperature: float) -> Tensor:
+    """How far outputs are from a teacher's. For (N, classes) logits and class numbers as targets
+    the divergence of the softened distributions, times temperature**2 so that its gradients keep
+    their size (Hinton et al., Distilling the Knowledge in a Neural Network, 2015); for all others
+    the mean squared error, summed over tensors of floats."""
+    if _are_logits(outputs, wanted, targets):
+        soft, target = (F.log_softmax(each / temperature, 1) for each in (outputs, wanted))
+        divergence = F.kl_div(soft, target, reduction="batchmean", log_target=True)
+        return divergence * temperature**2
+    ours, theirs = _floats(outputs), _floats(wanted)
+    if not ours or [each.shape for each in ours] != [each.shape for each in theirs]:
+        raise OptionError(
+            f"the teacher gives {_said(wanted)}, and the model {_said(outputs)}",
+            hint="the teacher is to be a network with the same outputs, as the dense one",
+        )
+    terms = [F.mse_loss(own, other) for own, other in zip(ours, theirs, strict=True)]
+    return torch.stack(terms).sum()
+
+
+def _are_logits(outputs: Any, wanted: Any, targets: Any) -> bool:
+    if not all(isinstance(each, Tensor) for each in (outputs, wanted, targets)):
+        return False
+    numbers = not targets.is_floating_point()
+    return bool(outputs.ndim == 2 and outputs.shape == wanted.shape and numbers)
+
+
+def _floats(value: Any) -> list[Tensor]:
+    return [each for each in leaves(value, Tensor) if each.is_floating_point()]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
+    return type(value).__name__
