@@ -18,9 +18,11 @@ from .criteria import find as find_criterion
 from .errors import FxpruneError, RecipeError, nearest
 from .flow import Mixing
 from .heads import Heads
+from .normalize import Normalize
 from .score import Reduce
 from .select import Scope, SelectRule
 from .squeeze import Squeeze, as_squeeze
+from .targets import check_target
 from .yamlfile import Fault, folder, line_of, parsed, shown, text_of
 
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -82,7 +84,9 @@ class Recipe(BaseModel):
     ignore: list[str] = Field(default_factory=list)
     min_channels: int = Field(1, ge=1)
     max_rate: float = Field(1.0, ge=0, le=1)
-    round_to: int = Field(1, ge=1)
+    round_to: int | Literal["auto"] = 1
+    target: dict[str, float] | None = None
+    normalize: Normalize | None = None
     squeeze: dict[str, Any] | None = None
     mixing: Mixing = "norms"
     scatter: bool = False
@@ -106,6 +110,18 @@ class Recipe(BaseModel):
     @classmethod
     def _check_squeeze(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
         return _passed(as_squeeze, given)
+
+    @field_validator("target")
+    @classmethod
+    def _check_target(cls, given: dict[str, float] | None) -> dict[str, float] | None:
+        return given if given is None else _passed(check_target, given)
+
+    @field_validator("round_to")
+    @classmethod
+    def _check_round_to(cls, given: Any) -> Any:
+        if given != "auto" and given < 1:
+            raise ValueError(f"round_to={given} must be a whole number of at least 1, or auto")
+        return given
 
     @field_validator("rates")
     @classmethod

@@ -42,6 +42,10 @@ def parts(report: Report) -> Iterator[Line | Table]:
         ["", "before", "after", "left"], [_change(*each) for each in totals.items()], (1, 2, 3)
     )
     yield verified(report.verification)
+    for each in report.targets:
+        yield Line(f"target: {each}", "verified" if each.met else "unverified")
+    if report.compensation is not None:
+        yield Line(f"fitted: {report.compensation}", "inputs")
     yield from (Line(f"warning: {text}", "warning") for text in report.warnings)
     if report.causes:
         yield Line("less than half of the channels could go, mostly because of", "head")

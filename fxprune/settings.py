@@ -59,6 +59,10 @@ def settings(recipe: RecipeLike | None, given: Mapping[str, Any]) -> Settings:
     """
     own = {key: value for key, value in given.items() if value is not None}
     found = Settings() if recipe is None else _of_recipe(recipe)
+    if found.target is not None and "rate" not in own:
+        own.setdefault("target", found.target)
+    elif "rate" in own:
+        found = replace(found, target=None)
     if "rate" in own or "target" in own:
         own.setdefault("rates", {})
     if "target" in own:

@@ -282,6 +282,20 @@ def test_several_elements_of_a_channel_count_together():
 # -- as prune takes it -----------------------------------------------------------------------------
 
 
+DATA_CRITERIA = [name for name in fxprune.criteria.names() if find(name).needs]
+
+
+@pytest.mark.parametrize("criterion", DATA_CRITERIA)
+def test_every_criterion_of_data_is_finite_on_a_network_of_zeros(criterion):
+    model = net()
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    pruned = fxprune.prune(
+        model, sample(2)[0], criterion=criterion, rate=0.5, data=[sample()], verify="shapes"
+    )
+    assert pruned.fxprune.report.channels[1] < pruned.fxprune.report.channels[0]
+
+
 @pytest.mark.parametrize(
     "criterion",
     [

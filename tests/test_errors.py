@@ -193,7 +193,7 @@ def test_a_rates_pattern_with_a_slip():
     assert error.hint == "did you mean `3.weight`?"
 
 
-KNOWN = "bn_gamma, distribution_fit, geometric_median, in_out_norm, l1, l1_gamma, l2"
+KNOWN = "apoz, bn_gamma, distribution_fit, fisher, geometric_median"
 
 
 @pytest.mark.parametrize(("name", "meant"), [("ratiosum", "ratio_sum"), ("L2", "l2")])

@@ -216,6 +216,57 @@ class Pruning(Reading):
             rich_help_panel=_WHAT,
         ),
     ] = None
+    target: Annotated[
+        list[str] | None,
+        option(
+            "--target",
+            "-t",
+            help="A budget in place of a rate: macs=0.5, params=0.5 (shares, or amounts above 1), "
+            "latency_ms=4. Again for more.",
+            metavar="KIND=AMOUNT",
+            default="none",
+            rich_help_panel=_WHAT,
+        ),
+    ] = field(default_factory=list)
+    data: Annotated[
+        str | None,
+        option(
+            help="Batches for criteria of data and --compensate: file.py:NAME of an iterable, or "
+            "of a function that gives one.",
+            metavar="FILE:NAME",
+            default="none",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None
+    loss: Annotated[
+        str | None,
+        option(
+            help="A function of (output, target), as file.py:NAME, for criteria of gradients.",
+            metavar="FILE:NAME",
+            default="by the targets",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None
+    compensate: Annotated[
+        Literal["least_squares", "bias", "statistics"] | None,
+        option(
+            help="least_squares, bias or statistics: what is left is fitted on --data to what the "
+            "original gave, without training.",
+            metavar="HOW",
+            default="no",
+            rich_help_panel=_WHAT,
+        ),
+    ] = None
+    normalize: Annotated[
+        Literal["none", "mean", "std", "sum", "max", "kind"] | None,
+        option(
+            help="mean, std, sum or max: what scores of a group are divided by; kind: ranked among "
+            "groups of one kind.",
+            metavar="HOW",
+            default="none; mean in a knapsack, where scores are not comparable",
+            rich_help_panel=_HOW,
+        ),
+    ] = None
     scope: Annotated[
         Literal["local", "global"] | None,
         option(
@@ -255,11 +306,12 @@ class Pruning(Reading):
         ),
     ] = field(default_factory=list)
     select_by: Annotated[
-        Literal["rate", "cumulative", "threshold"] | None,
+        Literal["rate", "cumulative", "threshold", "knapsack"] | None,
         option(
-            help="rate, cumulative or threshold: how scores become a choice.",
+            help="rate, cumulative or threshold: how scores become a choice; knapsack: the least "
+            "loss for a target.",
             metavar="RULE",
-            default="rate",
+            default="rate, or knapsack with --target",
             rich_help_panel=_WHAT,
         ),
     ] = None
@@ -286,9 +338,9 @@ class Pruning(Reading):
         ),
     ] = None
     round_to: Annotated[
-        int | None,
+        str | None,
         option(
-            help="Widths are rounded up to a multiple.",
+            help="Widths are rounded up to a multiple; auto: one that the device likes.",
             default="1",
             rich_help_panel=_HOW,
             metavar="N",
@@ -332,7 +384,15 @@ class Pruning(Reading):
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         own = {name: value for name, value in own.items() if value not in (None, [])}
         del own["verify"], own["no_verify"]
-        readers = {"criterion": _criterion, "rates": _rates, "squeeze": _squeeze}
+        readers = {
+            "criterion": _criterion,
+            "rates": _rates,
+            "squeeze": _squeeze,
+            "target": _target,
+            "round_to": _round_to,
+            "data": _data,
+            "loss": _thing,
+        }
         found = {name: readers.get(name, _same)(value) for name, value in own.items()}
         return {**found, "verify": self._verify()}
 
@@ -368,6 +428,42 @@ def _rates(texts: Sequence[str]) -> dict[str, float]:
         if not pattern:
             raise OptionError(f"--rates {text} gives no rate", hint="write 'layer1.*=0.3'")
     return found
+
+
+def _target(texts: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for text in texts:
+        kind, _, amount = text.partition("=")
+        try:
+            found[kind] = float(amount)
+        except ValueError:
+            raise OptionError(
+                f"--target {text} gives no amount", hint="write macs=0.5, or latency_ms=4"
+            ) from None
+    return found
+
+
+def _round_to(text: str) -> Any:
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise OptionError(
+            f"--round-to {text} is no number of channels", hint="write 8, or auto"
+        ) from None
+
+
+def _thing(text: str) -> Any:
+    from .. import naming
+
+    return naming.thing(text)
+
+
+def _data(text: str) -> Any:
+    """An iterable, or what a function of that name gives."""
+    found = _thing(text)
+    return found() if callable(found) and not hasattr(found, "__iter__") else found
 
 
 def _squeeze(text: str) -> Any:

@@ -138,6 +138,12 @@ class Steps:
         if self.bar is not None:
             self.bar.update(self.task, completed=amount)
 
+    def progress(self, what: str, share: float) -> None:
+        """A part of a step whose length is known."""
+        if what != self.name:
+            self.at(what, 1.0)
+        self.done(share)
+
     def watch(self, step: str, before: Any, after: Any) -> None:
         """The hook between the steps of the pipeline."""
         self.name = step if step in STEPS else self.name

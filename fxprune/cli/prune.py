@@ -136,7 +136,9 @@ def _pruned(named: Named, options: dict[str, Any], output: Output) -> Any:
     import fxprune
 
     output.steps.at("trace", 7)
-    return fxprune.prune(model, named.example(), watch=output.steps.watch, **options)
+    steps = output.steps
+    how: Any = {"watch": steps.watch, "progress": steps.progress, **options}
+    return fxprune.prune(model, named.example(), **how)
 
 
 def _written(pruned: nn.Module, files: Files, output: Output) -> dict[str, Path]:
