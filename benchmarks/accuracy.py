@@ -5,8 +5,8 @@
 
 Each task is a trained network (`benchmarks/accuracy_data.py`). It is pruned to 70, 50 and 30 % of
 its multiply-accumulates by each way of both tools, from the same calibration images. All ways are
-measured as pruned, with no training, on held-out images. The `--best` of the other tool's there go
-on to the test images, and so does the best of ours: as pruned, and after `--steps` of fine-tuning
+measured as pruned, with no training, on held-out images. The `--ours` and `--best` of the two tools
+there go on to the test images: as pruned, and after `--steps` of fine-tuning
 with the same images in the same order, at the task's learning rate and at a fifth of it. The
 unpruned network is fine-tuned alike. A seed draws the calibration images and the order of the
 training images.
@@ -38,9 +38,13 @@ OURS: dict[str, dict[str, Any]] = {
     "fisher, fitted": {"criterion": "fisher", "compensate": True},
     "fisher": {"criterion": "fisher"},
     "reconstruction, fitted": {"criterion": "reconstruction", "compensate": True},
+    "reconstruction, capped, fitted": {
+        "criterion": "reconstruction",
+        "compensate": True,
+        "max_rate": 0,  # by the share, see `capped`
+    },
     "l2, local, fitted": {"criterion": "l2", "scope": "local", "compensate": True},
 }
-BEST = "fisher, fitted"
 HELD_OUT, TEST = 2000, 5000  # images
 FACTORS = {"after": 1.0, "after_low": 0.2}  # on the task's learning rate
 STEPS = {"resnet20": 100, "resnet56": 60, "fashion": 100, "pitch": 40}
@@ -67,6 +71,8 @@ class Run:
 
     def ours(self, way: str, share: float, seed: int) -> nn.Module:
         options = {"target": {"macs": share}, **OURS[way]}
+        if "max_rate" in options:
+            options["max_rate"] = capped(share)
         data = self.calibration(seed)
         return fxprune.prune(
             self.task.model(), self.task.example, data=data, loss=self.task.loss, **options
@@ -95,21 +101,22 @@ class Run:
             makers = {(tool, way): make for tool, way, make in self.makers(share)}
             for (tool, way), make in makers.items():
                 self.measure(tool, way, share, 0, make, tuned=False)
-            chosen = [("fxprune", BEST), *self.best(share)]
+            chosen = [*self.best("fxprune", share), *self.best("torch-pruning", share)]
             for seed in seeds:
                 for tool, way in chosen:
                     self.measure(tool, way, share, seed, makers[tool, way], tuned=True)
 
-    def best(self, share: float) -> list[tuple[str, str]]:
-        """The other tool's ways that are best on held-out data after pruning alone."""
+    def best(self, tool: str, share: float) -> list[tuple[str, str]]:
+        """The tool's ways that are best on held-out data after pruning alone."""
         own = [
             row
             for row in self.rows.values()
             if row["task"] == self.name and row["share"] == share and row["seed"] == 0
         ]
-        theirs = [row for row in own if row["tool"] == "torch-pruning" and "held_out" in row]
-        theirs.sort(key=lambda row: -row["held_out"])
-        return [("torch-pruning", row["way"]) for row in theirs[: self.args.best]]
+        known = [row for row in own if row["tool"] == tool and "held_out" in row]
+        known.sort(key=lambda row: -row["held_out"])
+        most = self.args.best if tool == "torch-pruning" else self.args.ours
+        return [(tool, row["way"]) for row in known[:most]]
 
     def measure(
         self,
@@ -152,6 +159,11 @@ class Run:
         with self.file.open("a") as file:
             file.write(json.dumps(self.rows[key]) + "\n")
         print(json.dumps(self.rows[key]), flush=True)
+
+
+def capped(share: float) -> float:
+    """A third more than the rate at which all layers alike leave this share of operations."""
+    return min(0.95, 4 / 3 * (1 - share**0.5))
 
 
 def read(file: Path) -> dict[tuple, Row]:
@@ -280,6 +292,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of fine-tuning; by default the task's own")
     parser.add_argument("--calibration", type=int, default=1024, help="images")
+    parser.add_argument("--ours", type=int, default=2, help="ways of fxprune to fine-tune")
     parser.add_argument("--best", type=int, default=4, help="ways of the other tool to fine-tune")
     parser.add_argument("--inner", action="store_true", help="of ways with two parts, this one")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
