@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,9 +50,6 @@ from .verifier import Verification, verify_numbers, verify_shapes
 from .watch import Watch, silent, together
 from .widths import RewriteError, Widths
 
-if TYPE_CHECKING:
-    from .latency_table import LatencyTable
-
 Verify = bool | Literal["shapes"]
 
 
@@ -79,7 +76,7 @@ def prune(
     data: Any = None,
     loss: Loss | None = None,
     compensate: Compensate | bool | None = None,
-    latency_table: LatencyTable | None = None,
+    latency_table: Any = None,
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     mixing: Mixing | None = None,
     scatter: bool | None = None,
@@ -136,7 +133,7 @@ def prune(
         compensate: what is left of the network is fitted on `data` to what the original gave,
             without training: "least_squares" (True) fits weights; "bias" constants alone;
             "statistics" takes those of normalisations anew.
-        latency_table: times of the network's ops (`fxprune.LatencyTable.measure`); where a target
+        latency_table: times of the network's ops, by `fxprune.LatencyTable.measure`; where a target
             is a latency and none is given, they are measured where the model is, for the batch of
             the example inputs, and remembered.
         squeeze: ``{"divide": 4, "round_to": 8}``: squeeze layers follow the width they gate; False
@@ -209,7 +206,7 @@ class _Measured:
         chosen: Settings,
         data: Any,
         loss: Loss | None,
-        table: LatencyTable | None = None,
+        table: Any = None,
         progress: Progress | None = None,
     ):
         self.analysis, self.chosen, self.data, self.loss = analysis, chosen, data, loss
@@ -354,7 +351,7 @@ def plan(
     sensitivity: Sensitivity | None = None,
     data: Any = None,
     loss: Loss | None = None,
-    latency_table: LatencyTable | None = None,
+    latency_table: Any = None,
     squeeze: Squeeze | Mapping[str, Any] | Literal[False] | None = None,
     scores: bool = False,
     progress: Progress | bool | None = None,

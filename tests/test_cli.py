@@ -134,6 +134,7 @@ def _options(kind) -> dict[str, typing.Any]:
 def test_options_are_the_functions_arguments(kind, function, beside):
     signature = inspect.signature(getattr(fxprune, function))
     taken = set(signature.parameters) - {"model", "example_inputs", "watch"}
+    taken -= {"progress", "latency_table"}  # shown, and measured, of itself
     assert {each.name for each in fields(kind)} - beside == taken
 
 
@@ -151,7 +152,7 @@ def test_choices_are_those_that_prune_takes():
         if name in theirs and name != "verify" and _choices(hint):
             compared += 1
             assert _choices(hint) == _choices(theirs[name]), name
-    assert compared == 6
+    assert compared == 8
     text = " ".join(fx("prune --help", width=400).output.split())
     for name, hint in ours.items():
         option, words = f"--{name.replace('_', '-')} ", _choices(hint)
@@ -164,6 +165,7 @@ def test_help_shows_every_default_of_prune():
     known = {each.name: getattr(Settings(), each.name) for each in fields(Settings)}
     words = {"squeeze": "groups like any other", "only": "all", "ignore": "none", "rates": "none"}
     words |= {"scatter": "no-scatter", "recipe": "none"}
+    words |= dict.fromkeys(("target", "normalize", "sensitivity"), "none")
     for name, value in known.items():
         option = f"--{name.replace('_', '-')}"
         shown = re.search(rf"{option} [^\[]*\[default: ([^\]]*)\]", text)
@@ -803,3 +805,42 @@ def test_words_that_bash_took_apart_are_joined(words, at, expected):
 def test_the_module_is_the_command():
     running = process("--version")
     assert running.communicate()[0] == f"fxprune {fxprune.__version__}\n"
+
+
+_DATA = """
+import torch
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 3, 8, 8, generator=generator)
+    return [(x, torch.arange(8) % 2)]
+
+ready = [torch.zeros(4, 3, 8, 8)]
+"""
+
+
+def test_budgets_data_and_compensation(home):
+    Path("calibration.py").write_text(_DATA)
+    words = "-c fisher -t macs=0.5 --data calibration.py:batches --compensate least_squares"
+    done = fx(f"prune net.py:Net {X} {words} --json")
+    report = json.loads(done.stdout)["report"]
+    assert report["macs"][1] <= 0.5 * report["macs"][0]
+    assert report["targets"][0]["kind"] == "macs" and report["compensation"]["fitted"]
+    shown = fx(f"prune net.py:Net {X} {words}").stdout
+    assert "target: macs" in shown and "fitted:" in shown
+    fx(f"prune net.py:Net {X} -c apoz --data calibration.py:ready")
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ("-t macs", "--target macs gives no amount"),
+        ("-t macs=0.5 -r 0.3", "rate and target"),
+        ("--round-to best", "--round-to best is no number"),
+        ("-c fisher", "no data"),
+        ("-t macs=0.5 --sensitivity no.json", "there is no file no.json"),
+    ],
+)
+def test_wrong_budgets_and_data(home, words, fault):
+    done = fx(f"prune net.py:Net {X} {words}", code=2)
+    assert fault in done.stderr

@@ -231,8 +231,8 @@ class Pruning(Reading):
     data: Annotated[
         str | None,
         option(
-            help="Batches for criteria of data and --compensate: file.py:NAME of an iterable, or "
-            "of a function that gives one.",
+            help="Batches to calibrate and to compensate on: file.py:NAME of an iterable, or of a "
+            "function that gives one.",
             metavar="FILE:NAME",
             default="none",
             rich_help_panel=_WHAT,
@@ -250,20 +250,30 @@ class Pruning(Reading):
     compensate: Annotated[
         Literal["least_squares", "bias", "statistics"] | None,
         option(
-            help="least_squares, bias or statistics: what is left is fitted on --data to what the "
-            "original gave, without training.",
+            help="least_squares, bias or statistics: what is left is fitted on the data to what "
+            "the original gave, without training.",
             metavar="HOW",
-            default="no",
+            default="none",
             rich_help_panel=_WHAT,
+        ),
+    ] = None
+    sensitivity: Annotated[
+        Path | None,
+        option(
+            help="A file that fxprune.sensitivity(...).to_json() gave: what groups lose, for a "
+            "target.",
+            metavar="FILE",
+            default="none",
+            rich_help_panel=_HOW,
         ),
     ] = None
     normalize: Annotated[
         Literal["none", "mean", "std", "sum", "max", "kind"] | None,
         option(
-            help="mean, std, sum or max: what scores of a group are divided by; kind: ranked among "
-            "groups of one kind.",
+            help="mean, std, sum or max: what scores of a group are divided by; kind: they are "
+            "ranked among groups of one kind; none.",
             metavar="HOW",
-            default="none; mean in a knapsack, where scores are not comparable",
+            default="none",
             rich_help_panel=_HOW,
         ),
     ] = None
@@ -308,10 +318,10 @@ class Pruning(Reading):
     select_by: Annotated[
         Literal["rate", "cumulative", "threshold", "knapsack"] | None,
         option(
-            help="rate, cumulative or threshold: how scores become a choice; knapsack: the least "
-            "loss for a target.",
+            help="rate, cumulative or threshold: how scores become a choice; knapsack, which a "
+            "target means: the least loss at it.",
             metavar="RULE",
-            default="rate, or knapsack with --target",
+            default="rate",
             rich_help_panel=_WHAT,
         ),
     ] = None
@@ -392,6 +402,7 @@ class Pruning(Reading):
             "round_to": _round_to,
             "data": _data,
             "loss": _thing,
+            "sensitivity": _sensitivity,
         }
         found = {name: readers.get(name, _same)(value) for name, value in own.items()}
         return {**found, "verify": self._verify()}
@@ -463,7 +474,15 @@ def _thing(text: str) -> Any:
 def _data(text: str) -> Any:
     """An iterable, or what a function of that name gives."""
     found = _thing(text)
-    return found() if callable(found) and not hasattr(found, "__iter__") else found
+    return found if hasattr(found, "__iter__") else found()
+
+
+def _sensitivity(path: Path) -> Any:
+    import fxprune
+
+    if not path.is_file():
+        raise OptionError(f"there is no file {path}", hint="write it with sensitivity.to_json()")
+    return fxprune.Sensitivity.from_json(path.read_bytes())
 
 
 def _squeeze(text: str) -> Any:
