@@ -18,8 +18,8 @@ import numpy as np
 
 from .costs import Costs
 
-_ROUNDS, _HALVINGS, _FILLS, _TRIES = 8, 30, 400, 12
-_STEPS = ((12, 6), (64, 2), (math.inf, 1))  # of so many choices, so many levels
+_ROUNDS, _HALVINGS, _FILLS, _TRIES = 8, 30, 60, 12
+_STEPS = ((256, 6, 20), (1024, 2, 2), (math.inf, 1, 0))  # levels in all, tried, exchanges
 _NEAR = 0.99  # of a target
 
 Move = tuple[float, float, list[int]]  # share of the targets, minus the loss, levels
@@ -136,16 +136,14 @@ def _from(state: _State, start: list[int]) -> list[int]:
     """Levels within the targets, from the slopes of costs at `start` and at where they lead."""
     state.go(start)
     weights = dict.fromkeys(state.targets, 1.0)
-    slopes: list[float] | None = None
+    slopes: list[dict[str, float]] | None = None
     best: tuple[float, list[int]] | None = None
     for _ in range(_ROUNDS):
-        each = [_weighed(slope, weights) for slope in state.slopes()]
-        slopes = (
-            each if slopes is None else [(a * b) ** 0.5 for a, b in zip(slopes, each, strict=True)]
-        )
-        levels = _priced(state, slopes)
+        here = state.slopes()
+        slopes = [*map(_between, slopes or here, here)]
+        levels = _priced(state, [_weighed(slope, weights) for slope in slopes])
         loss = state.loss()
-        if best is not None and levels == best[1]:
+        if best is not None and levels == best[1] and len(weights) == 1:
             break
         if best is None or loss < best[0]:
             best = (loss, levels)
@@ -154,6 +152,11 @@ def _from(state: _State, start: list[int]) -> list[int]:
             weights[kind] *= (total[kind] / max(target, 1e-9)) ** 4
     assert best is not None
     return best[1]
+
+
+def _between(before: dict[str, float], now: dict[str, float]) -> dict[str, float]:
+    """Slopes halfway to new ones, or they swing."""
+    return {kind: (max(before[kind], 0.0) * max(now[kind], 0.0)) ** 0.5 for kind in now}
 
 
 def _weighed(slope: Mapping[str, float], weights: Mapping[str, float]) -> float:
@@ -196,11 +199,15 @@ def _choose(state: _State, slopes: list[float], price: float) -> None:
 def _improved(state: _State, levels: list[int]) -> list[int]:
     """Channels given back as long as any fit, and levels exchanged as long as less is lost."""
     state.go(levels)
+    exchanges = _effort(state)[1]
     for _ in range(_FILLS):
         up = _given_back(state)
         if up is not None:
             state.go(_moved(state.levels, *up))
             continue
+        if not exchanges:
+            break
+        exchanges -= 1
         loss, levels = state.loss(), list(state.levels)
         found = [each for each in _exchanges(state, levels) if -each[1] < loss - 1e-9 * abs(loss)]
         if not found:
@@ -230,7 +237,7 @@ def _given_back(state: _State) -> tuple[int, int] | None:
 def _exchanges(state: _State, levels: list[int]) -> list[Move]:
     """All that is within the targets where one choice went up and another down, by a few levels."""
     found: list[Move] = []
-    steps = _steps(len(levels))
+    steps = _effort(state)[0]
     for f, up in _ups(state, steps):
         state.go(_moved(levels, f, -up))
         found += _downs(state, f, steps)
@@ -238,9 +245,11 @@ def _exchanges(state: _State, levels: list[int]) -> list[Move]:
     return found
 
 
-def _steps(count: int) -> int:
-    """How many levels are tried: fewer of many choices."""
-    return next(steps for most, steps in _STEPS if count <= most)
+def _effort(state: _State) -> tuple[int, int]:
+    """How many levels an exchange tries, and how often levels are exchanged: less where there are
+    many, whose steps are fine."""
+    count = sum(map(len, state.choices))
+    return next((steps, rounds) for most, steps, rounds in _STEPS if count <= most)
 
 
 def _near(state: _State, levels: list[int]) -> list[int]:

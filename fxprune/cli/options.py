@@ -394,7 +394,7 @@ class Pruning(Reading):
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         own = {name: value for name, value in own.items() if value not in (None, [])}
         del own["verify"], own["no_verify"]
-        readers = {
+        readers: dict[str, Any] = {
             "criterion": _criterion,
             "rates": _rates,
             "squeeze": _squeeze,
@@ -474,7 +474,10 @@ def _thing(text: str) -> Any:
 def _data(text: str) -> Any:
     """An iterable, or what a function of that name gives."""
     found = _thing(text)
-    return found if hasattr(found, "__iter__") else found()
+    if hasattr(found, "__iter__"):
+        return found
+    make: Any = found
+    return make()
 
 
 def _sensitivity(path: Path) -> Any:
