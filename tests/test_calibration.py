@@ -335,10 +335,6 @@ def test_a_criterion_of_ones_own_may_need_data():
         fxprune.criterion("test_other", needs=("activations",))
 
 
-class Wants(dict):
-    """Batches, as `data=`."""
-
-
 @pytest.mark.parametrize(
     ("options", "fault", "hint"),
     [
