@@ -322,7 +322,9 @@ def test_every_criterion_of_data_prunes_and_leaves_the_model_alone(criterion):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_a_criterion_of_ones_own_may_need_data():
+def test_a_criterion_of_ones_own_may_need_data(monkeypatch):
+    monkeypatch.setattr(fxprune.criteria, "_known", dict(fxprune.criteria._known))
+
     @fxprune.criterion("test_variance", needs=("values",))
     def variance(group):
         read, at = group.reads[0]
