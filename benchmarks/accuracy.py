@@ -31,7 +31,7 @@ from torch import nn
 import fxprune
 
 from . import accuracy_peer as peer
-from .accuracy_data import TASKS, Folders, Split, Task, fit, part, task
+from .accuracy_data import TASKS, Folders, Split, Task, add_folders, fit, part, task
 
 SHARES = (0.7, 0.5, 0.3)
 OURS: dict[str, dict[str, Any]] = {
@@ -283,9 +283,7 @@ def _best_by_share(
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = Path(__file__).parent
-    parser.add_argument("--cifar", type=Path, help="folder of examples/prune_resnet_cifar.py")
-    parser.add_argument("--fashion", type=Path, help="folder of the *-ubyte.gz files")
-    parser.add_argument("--cache", type=Path, help="folder for what is made of the data")
+    add_folders(parser)
     parser.add_argument("--output", type=Path, default=here / "results" / "accuracy.jsonl")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))

@@ -24,7 +24,7 @@ from torch import nn
 
 import fxprune
 
-from .accuracy_data import TASKS, Folders, Split, Task, _endless, fit, part, task
+from .accuracy_data import TASKS, Folders, Split, Task, _endless, add_folders, fit, part, task
 
 CRITERIA = (
     "random", "l2", "bn_gamma", "geometric_median", "apoz", "mean_activation", "hrank", "taylor",
@@ -190,9 +190,7 @@ def _table(rows: dict[Key, float], what: str) -> str:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = Path(__file__).parent
-    parser.add_argument("--cifar", type=Path, help="folder of examples/prune_resnet_cifar.py")
-    parser.add_argument("--fashion", type=Path, help="folder of the *-ubyte.gz files")
-    parser.add_argument("--cache", type=Path, help="folder for what is made of the data")
+    add_folders(parser)
     parser.add_argument("--output", type=Path, default=here / "results" / "choices.jsonl")
     parser.add_argument("--task", default="fashion", choices=list(TASKS))
     parser.add_argument("--share", type=float, default=0.3, help="of MACs to leave")

@@ -11,6 +11,7 @@ how ways to prune compare, not how well they do.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib.machinery
 import importlib.util
@@ -131,6 +132,13 @@ def fit(model: nn.Module, task: Task, steps: int, seed: int = 0, factor: float =
 def _endless(task: Task, generator: Generator) -> Iterator[Split]:
     while True:
         yield from task.batches(task.train, 128, generator)
+
+
+def add_folders(parser: argparse.ArgumentParser) -> None:
+    """Options for the folders of `Folders`."""
+    parser.add_argument("--cifar", type=Path, help="folder of examples/prune_resnet_cifar.py")
+    parser.add_argument("--fashion", type=Path, help="folder of the *-ubyte.gz files")
+    parser.add_argument("--cache", type=Path, help="folder for what is made of the data")
 
 
 def task(name: str, folders: Folders) -> Task:

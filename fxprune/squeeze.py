@@ -73,6 +73,7 @@ def follow(
     scores = score(analysis.all_groups, analysis.tensors, find("in_out_norm"))
     scores = {i: scores[i] for i in widths}
     alone = replace(options, rule="rate", scope="local", rates={}, rate=0.0, round_to=1, max_rate=1)
+    alone = replace(alone, own={})  # their widths are said, and not to be rounded again
     found = select(analysis.all_groups, scores, replace(alone, widths=widths, outside=frozenset()))
     reasons = {**selection.reasons, **found.reasons}
     return Selection(selection.kept & found.kept, reasons, selection.warnings), scores
@@ -87,5 +88,5 @@ def _widths(
         gates = [selection.kept[analysis.groups[g].channels] for g in roles.gated(i)]
         left, whole = sum(int(k.sum()) for k in gates), sum(len(k) for k in gates)
         if left < whole:
-            found[i] = min(size, max(how.width(left), options.min_channels))
+            found[i] = min(size, max(how.width(left), options.of(i).min_channels))
     return found

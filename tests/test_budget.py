@@ -109,6 +109,20 @@ def test_squeeze_layers_that_follow_are_counted():
     assert 0.985 <= report.params[1] / (0.5 * report.params[0]) <= 1
 
 
+def test_the_widths_of_squeeze_layers_are_not_rounded_to_other_multiples():
+    model = fxprune.models.mobilenet_v3_large(num_classes=10)
+    x, squeeze = torch.zeros(1, 3, 64, 64), {"divide": 4, "round_to": 1}
+    options = {"rate": 0.4, "squeeze": squeeze, "only": ["role:expansion"], "verify": False}
+    pruned = fxprune.prune(model, x, round_to="auto", **options)
+    expanded, checked = dict(pruned.named_modules()), 0
+    for name, module in expanded.items():
+        if name.endswith("fc1") and isinstance(module, nn.Conv2d | nn.Linear):
+            wide = module.weight.shape[1]
+            assert abs(module.weight.shape[0] - wide / 4) <= 1, name
+            checked += 1
+    assert checked == 8
+
+
 # -- the least loss --------------------------------------------------------------------------------
 
 
