@@ -188,7 +188,7 @@ def fashion(folders: Folders) -> Task:
         model = fashion_network()
         fit(model, made, steps=3440)  # 8 epochs
         folders.cache.mkdir(parents=True, exist_ok=True)
-        save_file(model.state_dict(), file)
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
     return made
 
 
