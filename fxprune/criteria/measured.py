@@ -132,16 +132,18 @@ def _energy(values: Tensor, weights: Tensor) -> Tensor:
 def _elimination(problems: list[tuple[Tensor, Tensor]], ridge: float) -> Tensor:
     """The error at each channel's turn, over all layers that read it; never less than before."""
     count = len(problems[0][0])
-    inverses = [torch.linalg.inv(_damped(values, ridge)) for values, _ in problems]
-    weights = [each.clone() for _, each in problems]
-    scores, worst, left = torch.zeros(count, dtype=torch.float64), 0.0, torch.ones(count).bool()
+    pairs = [(torch.linalg.inv(_damped(values, ridge)), w.clone()) for values, w in problems]
+    scores, worst = torch.zeros(count, dtype=torch.float64), 0.0
+    channels, left = torch.arange(count), torch.ones(count, dtype=torch.bool)
     for _ in range(count):
-        costs = sum(w.diagonal() / v.diagonal() for v, w in zip(inverses, weights, strict=True))
-        costs = torch.where(left, costs, torch.inf)
-        c = int(costs.argmin())
+        if 4 * int(left.sum()) < 3 * len(left):
+            pairs = [(v[left][:, left], w[left][:, left]) for v, w in pairs]
+            channels, left = channels[left], left[left]
+        costs = sum(w.diagonal() / v.diagonal() for v, w in pairs)
+        c = int(torch.where(left, costs, torch.inf).argmin())
         worst = max(worst, float(costs[c]))
-        scores[c], left[c] = worst, False
-        for v, w in zip(inverses, weights, strict=True):
+        scores[channels[c]], left[c] = worst, False
+        for v, w in pairs:
             _take_out(v, w, c)
     return scores
 
@@ -153,13 +155,12 @@ def _damped(values: Tensor, ridge: float) -> Tensor:
 
 def _take_out(inverse: Tensor, weights: Tensor, c: int) -> None:
     """The others take over channel c's part in the weights' products, and c leaves the inverse."""
-    column, pivot = inverse[:, c].clone(), inverse[c, c].clone()
-    share = -column / pivot
+    column, pivot = inverse[:, c].clone(), float(inverse[c, c])
+    share, row = -column / pivot, weights[c].clone()
     share[c] = 0
-    row = weights[c].clone()
-    weights += torch.outer(share, row) + torch.outer(row, share)
-    weights += torch.outer(share, share) * row[c]
+    half = row + share * (row[c] / 2)
+    weights.addmm_(torch.stack([share, half], 1), torch.stack([half, share]))
     weights[c], weights[:, c] = 0, 0
-    inverse -= torch.outer(column, column) / pivot
+    inverse.addr_(column, column, alpha=-1 / pivot)
     inverse[c], inverse[:, c] = 0, 0
     inverse[c, c] = 1
