@@ -23,6 +23,7 @@ from .program import solve
 
 Curve = Callable[[float], float]
 _LEVELS = 64  # of families whose choices have to be solved for
+_ALMOST_ALL = 1 - 1e-9  # of what a layer is worth
 
 Scope = Literal["local", "global"]
 SelectRule = Literal["rate", "cumulative", "threshold", "knapsack"]
@@ -143,7 +144,8 @@ def _choice(groups: Groups, family: Family, scores, options: Options, must) -> C
         found = _bound(groups, family, channels, value, must, options, int(limit))
         masks.setdefault(int((~found).sum()), found)
     removed = np.array(sorted(masks))
-    loss = np.array([float(flat[~masks[count]].sum()) for count in removed])
+    summed = np.array([float(flat[~masks[count]].sum()) for count in removed])
+    loss = _of_what_is_left(summed, flat)
     return Choice(channels, removed, loss, [masks[int(count)] for count in removed])
 
 
@@ -151,8 +153,18 @@ def _single_choice(channels: np.ndarray, scores: np.ndarray, options: Options, m
     order = np.lexsort((scores, must[channels]))
     most = int((~must[channels]).sum())
     removed = np.array([k for k in range(most + 1) if _allowed(len(order), k, options) == k])
-    loss = np.concatenate([[0.0], np.cumsum(scores[order])])[removed]
-    return Choice(channels, removed, loss, _Masks(order, removed))
+    summed = np.concatenate([[0.0], np.cumsum(scores[order])])[removed]
+    return Choice(channels, removed, _of_what_is_left(summed, scores), _Masks(order, removed))
+
+
+def _of_what_is_left(summed: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """What is lost with scores of some sums: the sum while it is small, and more as less is left,
+    by which each next channel is then divided. The fewer there are, the less can they make up for
+    another; sums alone empty whole layers."""
+    total = scores.sum()
+    if total <= 0:
+        return summed
+    return -total * np.log1p(-np.clip(summed / total, 0, _ALMOST_ALL))
 
 
 class _Masks(Sequence[np.ndarray]):

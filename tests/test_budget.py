@@ -138,6 +138,12 @@ class Chain(nn.Module):
         return x
 
 
+def lost(scores: np.ndarray, count: int) -> float:
+    """What a layer loses with its lowest scores: each relative to what is left of all."""
+    whole, gone = scores.sum(), np.sort(scores)[:count].sum()
+    return float(whole * np.log(whole / (whole - gone)))
+
+
 def best_of_all(analysis, scores: dict[int, np.ndarray], low: float, limit: float) -> float:
     """The least loss over all widths that cost between two amounts, by trying them."""
     groups, channel = analysis.groups, analysis.all_groups.channel
@@ -149,7 +155,7 @@ def best_of_all(analysis, scores: dict[int, np.ndarray], low: float, limit: floa
         for count, (i, values) in zip(gone, scores.items(), strict=True):
             first = orders[i][:count]
             kept[groups[i].channels[first]] = False
-            loss += float(values[first].sum())
+            loss += lost(values, count)
         if loss < best and low <= analysis.macs(torch.from_numpy(kept[channel])) <= limit:
             best = loss
     return best
@@ -168,10 +174,24 @@ def test_no_choice_of_widths_loses_much_less(seed, share):
     chosen = settings_of(None, {"target": {"macs": share}, "normalize": "none"})
     found = make_plan(analysis, chosen, lambda *a: None, scorer=lambda options, chosen: scores)
     gone = {i: found.plan.groups[i].size - found.plan.groups[i].kept for i in scores}
-    lost = sum(float(np.sort(scores[i])[:count].sum()) for i, count in gone.items())
+    loss = sum(lost(scores[i], count) for i, count in gone.items())
     limit, (reached,) = share * analysis.macs(), found.reached
     low = 0.99 * limit if reached.after >= 0.99 * limit else 0  # to spend the budget comes first
-    assert lost <= 1.10 * best_of_all(analysis, scores, low, limit)
+    assert loss <= 1.10 * best_of_all(analysis, scores, low, limit)
+
+
+def test_no_layer_is_emptied_while_others_stay_whole():
+    """Where all channels are worth the same, sums of scores are least with one layer of one channel
+    between wide ones."""
+    model = nn.Sequential(
+        conv_bn(3, 32), conv_bn(32, 32), nn.MaxPool2d(2), conv_bn(32, 32), conv_bn(32, 4)
+    )
+    analysis = fxprune.analyze(model, X)
+    scores = {i: np.ones(len(group)) for i, group in enumerate(analysis.groups) if group.prunable}
+    chosen = settings_of(None, {"target": {"macs": 0.2}, "normalize": "none"})
+    found = make_plan(analysis, chosen, lambda *a: None, scorer=lambda options, chosen: scores)
+    kept = [found.plan.groups[i].kept for i in scores]
+    assert min(kept) >= 8, kept
 
 
 def test_a_layer_that_costs_more_loses_more():
