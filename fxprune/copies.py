@@ -6,6 +6,7 @@ where it holds a number that the narrower widths would change, channels stay.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,11 @@ from torch import Tensor, fx, nn
 
 from .flow import Flow
 from .ids import Value
+from .pattern import sizes_of
 from .plans import Kept
 from .record import copied
 from .rewrite import Writer, set_sizes, sliced
+from .rules import current
 from .trace import describe
 from .trees import leaves
 from .widths import RewriteError
@@ -32,9 +35,27 @@ def narrow(
     sizes = _Reading(model, flow, kept_ids, kept).sizes()
     indices: dict[int, Tensor] = {}
     made = copied(model, lambda name, old: sliced(old, kept.get(name, {}), indices))
+    for name in {owner for param in kept if (owner := param.rpartition(".")[0])} - sizes.keys():
+        sizes[name] = _held(made.get_submodule(name))
     for name, found in sizes.items():
         set_sizes(made.get_submodule(name), found)
     return made
+
+
+def _held(module: nn.Module) -> dict[str, int]:
+    """What a layer's attributes are to say of its tensors, where code reads these and never calls
+    the layer."""
+    use = current().of_module(type(module))
+    if use is None or use.rule.dims is None:
+        return {}
+    rule, held = use.rule, use.rule.sizes
+    pairs = zip(rule.pattern.inputs, rule.operands, strict=True)
+    tensors = [(operand, getattr(module, name, None)) for operand, name in pairs]
+    shapes = [(operand, tensor.shape) for operand, tensor in tensors if isinstance(tensor, Tensor)]
+    known = {text: getattr(module, key, None) for key, text in held.items() if text.isidentifier()}
+    found = sizes_of(shapes, {letter: n for letter, n in known.items() if isinstance(n, int)})
+    whole = {key: text.split() for key, text in held.items() if {*text.split()} <= found.keys()}
+    return {key: math.prod(found[letter] for letter in letters) for key, letters in whole.items()}
 
 
 class _Reading(Writer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -196,6 +196,27 @@ def resized(
     """
     words = [" ".join("(" + " ".join(names) + ")" for names in each) for each in dims]
     return _solve(list(zip(dims, shapes, strict=True)), dict(sizes), ", ".join(words))
+
+
+def sizes_of(operands: Sequence[tuple[Operand, Shape]], known: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of letters, as far as the shapes of some operands tell them; `known` those of
+    letters that share a dim with others."""
+    dims = [pair for operand, shape in operands for pair in _unstarred(operand, shape)]
+    found = {atoms[0]: size for atoms, size in dims if len(atoms) == 1}
+    for atoms, size in dims:
+        given = {letter: n for letter, n in {**known, **found}.items() if letter in atoms}
+        open_ = [letter for letter in atoms if letter not in given]
+        if len(open_) == 1 and (rest := math.prod(given.values())) and size % rest == 0:
+            found |= {**given, open_[0]: size // rest}
+    return found
+
+
+def _unstarred(operand: Operand, shape: Shape) -> Iterator[tuple[tuple[str, ...], int]]:
+    """The letters and sizes of the dims before the first star."""
+    for term, size in zip(operand.terms, shape, strict=False):
+        if term.star:
+            return
+        yield tuple(atom.letter for atom in term.atoms), size
 
 
 @lru_cache(maxsize=4096)

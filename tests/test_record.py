@@ -545,6 +545,11 @@ def test_some_structures_are_pruned_exactly(name):
     _recorded_structure(name)
 
 
+@pytest.mark.parametrize("name", ["matrix_transposes", "called_in_odd_ways"])
+def test_layers_whose_weights_code_reads_say_what_they_are(name):
+    _recorded_structure(name)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
 def test_the_same_channels_go_as_in_a_graph(name):
     torch.manual_seed(0)
