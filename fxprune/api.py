@@ -108,7 +108,7 @@ def prune(
         select_by: "rate" (default); "cumulative" (per group, the longest run of lowest scores whose
             summed share is at most `rate`); "threshold" (keep scores above the one at `rate`).
         reduce: how scores of coupled layers are joined: mean (default), sum, max, first.
-        rates: name pattern of layers -> rate, over `rate`; the last match counts.
+        rates: name pattern of layers -> rate, over `rate` and `target`; the last match counts.
         only: layers to prune, as name patterns, modules, types or roles ("role:expansion", see
             `fxprune.roles`); default all.
         ignore: layers whose output channels all stay, in the same words; ``"in:PATTERN"`` keeps a

@@ -64,6 +64,11 @@ def _read(data: Iterable[Any], device: torch.device | None) -> Iterator[Batch]:
         batch = _batch(each)
         if not batch.tensors or not batch.tensors[0].ndim or not len(batch):
             raise InputError(f"batch {number} of data holds no items", hint=_KINDS)
+        if any(bool(torch.isnan(tensor).any()) for tensor in batch.tensors):
+            raise InputError(
+                f"batch {number} of data holds NaN",
+                hint="mend the inputs, or leave the batch out: one spoils all sums",
+            )
         yield batch if device is None else batch.to(device)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from .costs import Costs
 _ROUNDS, _HALVINGS, _FILLS, _TRIES = 8, 30, 60, 12
 _STEPS = ((256, 6, 20), (1024, 2, 2), (math.inf, 1, 0))  # levels in all, tried, exchanges
 _NEAR = 0.99  # of a target
+_TRACE = 1e-6
 
 Move = tuple[float, float, list[int]]  # share of the targets, minus the loss, levels
 
@@ -52,7 +53,7 @@ class Solved:
 def solve_for(choices: Sequence[Choice], costs: Costs, targets: Mapping[str, float]) -> Solved:
     """The levels of least summed loss at which no cost is above its target; the last levels of all
     where there are none."""
-    state = _State(choices, costs, targets)
+    state = _State(_graded(choices), costs, targets)
     last = [len(choice) - 1 for choice in choices]
     state.go(last)
     if state.over() > 1:
@@ -68,6 +69,18 @@ def solve_for(choices: Sequence[Choice], costs: Costs, targets: Mapping[str, flo
     best = min(found, key=lambda each: each.loss)
     state.go(best.levels)
     return best
+
+
+def _graded(choices: Sequence[Choice]) -> list[Choice]:
+    """Where removing more loses nothing, a trace is lost nevertheless, more for the narrower layer:
+    else all that is worth nothing goes at any price, and not only what the budget asks for."""
+    most = max((float(c.loss.max()) for c in choices), default=0.0) or 1.0
+    return [replace(c, loss=c.loss + _TRACE * most * _narrowed(c)) for c in choices]
+
+
+def _narrowed(choice: Choice) -> np.ndarray:
+    share = choice.removed / max(len(choice.channels), 1)
+    return -np.log1p(-np.minimum(share, 1 - 1e-9))
 
 
 def _halfway(choices: Sequence[Choice]) -> list[int]:

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from .analysis import Analysis
 from .batches import Batch, arguments, batches
 from .check import clone, device_of
-from .errors import InputError, ModelError, OptionError, first_line
+from .errors import FxpruneError, InputError, ModelError, OptionError, first_line
 from .groups import Group
 from .ids import Layer, Value
 from .linear import Linear, linear
@@ -128,6 +128,8 @@ def calibrate(
     In a process group every rank runs its own data, and the sums of all are returned.
     """
     needs = frozenset(needs)
+    if loss is not None and not callable(loss):
+        raise OptionError(f"loss is a {type(loss).__name__}", hint="a function of (output, target)")
     if analysis.recorded:
         raise OptionError(
             "criteria of data need a graph of the whole network, and this one was recorded",
@@ -141,6 +143,7 @@ def calibrate(
             progress("calibrate", number / len(every))
         _Watched(graph, found, needs, analysis.all_groups.channel, loss).measure(batch)
     _add_up(found)
+    _check_finite(found)
     found.gradients = {name: sums / found.items for name, sums in found.gradients.items()}
     return found
 
@@ -216,19 +219,20 @@ class _Watched(fx.Interpreter):
 
     def run_node(self, node: fx.Node) -> Any:
         own = self.by_node.get(node, ())
-        if not own:
-            return super().run_node(node)
-        if own[0].operand is node:
-            return self._gated(super().run_node(node), own)
-        operands = dict.fromkeys(read.operand for read in own)
-        before = {operand: self.env[operand] for operand in operands}
-        for operand in operands:
-            mine = [read for read in own if read.operand is operand]
-            self.env[operand] = self._gated(before[operand], mine)
+        made = [read for read in own if read.operand is node]
+        taken = [read for read in own if read.operand is not node]
+        found = self._reading(node, taken) if taken else super().run_node(node)
+        return self._gated(found, made)
+
+    def _reading(self, node: fx.Node, reads: list[Read]) -> Any:
+        """What a node gives, with gates on what it is given."""
+        before = {operand: self.env[operand] for operand in (read.operand for read in reads)}
+        for operand, value in before.items():
+            self.env[operand] = self._gated(value, [r for r in reads if r.operand is operand])
         found = super().run_node(node)
         self.env.update({k: v for k, v in before.items() if k in self.env})
         if "grams" in self.needs and "gates" in self.needs and isinstance(found, Tensor):
-            self._watch_slope(own, found)
+            self._watch_slope(reads, found)
         return found
 
     def _gated(self, value: Any, reads: list[Read]) -> Any:
@@ -259,7 +263,7 @@ class _Watched(fx.Interpreter):
             output.register_hook(seen)
 
     def _backward(self, output: Any, target: Any) -> None:
-        loss = self.loss(output, target)
+        loss = self._loss_of(output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise OptionError(
@@ -277,6 +281,17 @@ class _Watched(fx.Interpreter):
                 self.found.gradients[name] = known + gradient.double().cpu() * self.size
         if self.gates:
             self._add_gates(found)
+
+    def _loss_of(self, output: Any, target: Any) -> Any:
+        try:
+            return self.loss(output, target)
+        except FxpruneError:
+            raise
+        except Exception as error:  # a user's function may raise anything
+            raise OptionError(
+                f"the loss fails on a batch of data: {first_line(error)}",
+                hint="loss= is a function of (output, target) that gives a mean over items",
+            ) from error
 
     def _add_gates(self, found: Sequence[Tensor | None]) -> None:
         slopes = torch.zeros(self.size, self.channels, dtype=torch.float64)
@@ -310,6 +325,7 @@ def _add_slopes(slopes: Tensor, read: Read, gradient: Tensor, size: int) -> None
 def _sum_values(read: Read, value: Tensor, needs: frozenset[str], size: int) -> None:
     ids = read.layer.ids
     fixed = [d for d in range(value.ndim) if ids.shape[d] == 1]
+    value = value if value.dtype in (torch.float32, torch.float64) else value.float()
 
     def over(each: Tensor) -> Tensor:
         return (each.double().sum(fixed) if fixed else each.double()).reshape(-1)
@@ -330,6 +346,21 @@ def _sum_values(read: Read, value: Tensor, needs: frozenset[str], size: int) -> 
         rows = rows[:: -(-len(rows) // _ROWS)].float()
         rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
         read.add("gram", rows.T @ rows)
+
+
+def _check_finite(found: Calibration) -> None:
+    """Raise `InputError` where values or gradients are not finite: scores of them say nothing."""
+    for read in found.reads:
+        if not all(bool(torch.isfinite(sums).all()) for sums in read.sums.values()):
+            raise InputError(
+                f"the values that %{read.node.name} reads are not finite on the data",
+                hint="look for values of the inputs or weights that are too large, or no numbers",
+            )
+    if not all(bool(torch.isfinite(sums).all()) for sums in found.gates.values()):
+        raise InputError(
+            "the gradients of the loss are not finite on the data",
+            hint="look at the loss, and for targets and inputs that are too large",
+        )
 
 
 # -- process groups --------------------------------------------------------------------------------
@@ -365,7 +396,7 @@ def default_loss(output: Any, target: Any) -> Tensor:
             hint="data of pairs (inputs, target), or loss=a function of (output, None)",
         )
     if isinstance(target, Tensor) and not target.is_floating_point() and output.ndim > 1:
-        return F.cross_entropy(output, target)
+        return F.cross_entropy(output, target.long())
     if isinstance(target, Tensor) and target.shape == output.shape:
         return F.mse_loss(output, target)
     raise OptionError(

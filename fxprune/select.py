@@ -112,6 +112,7 @@ def _knapsack(groups: Groups, scores, options: Options, costs: Costs) -> Selecti
     must = _must_stay(groups, scores, options)
     found = families(groups, scores)
     choices = [_choice(groups, family, scores, options, must) for family in found]
+    choices = [_at_own_rate(groups, *pair, options) for pair in zip(found, choices, strict=True)]
     for family, choice in zip(found, choices, strict=True):
         curve = next((options.curves[i] for i in family.groups if i in options.curves), None)
         if curve is not None:
@@ -122,6 +123,17 @@ def _knapsack(groups: Groups, scores, options: Options, costs: Costs) -> Selecti
     reasons = {i: options.ignored[i] for i in scores if i in options.ignored}
     _restore_broken(groups, scores, kept, reasons)
     return Selection(kept, reasons, solved=solved)
+
+
+def _at_own_rate(groups: Groups, family: Family, choice: Choice, options: Options) -> Choice:
+    """The one level that `rates` ask of a family; all levels where they ask for none."""
+    own = {i: _own_rate(groups.groups[i], options) for i in family.groups}
+    counts = [_count(len(groups.groups[i]) * rate) for i, rate in own.items() if rate is not None]
+    if not counts:
+        return choice
+    level = int(np.searchsorted(choice.removed, sum(counts), side="right")) - 1
+    one = [level]
+    return Choice(choice.channels, choice.removed[one], choice.loss[one], [choice.masks[level]])
 
 
 def _measured(choice: Choice, curve: Curve) -> np.ndarray:
@@ -163,7 +175,7 @@ def _of_what_is_left(summed: np.ndarray, scores: np.ndarray) -> np.ndarray:
     another; sums alone empty whole layers."""
     total = scores.sum()
     if total <= 0:
-        return summed
+        return np.maximum.accumulate(np.maximum(summed, 0.0))
     return -total * np.log1p(-np.clip(summed / total, 0, _ALMOST_ALL))
 
 
@@ -316,11 +328,13 @@ def _must_stay(groups: Groups, scores, options: Options) -> np.ndarray:
     equal ones the last stay, as the first go."""
     must = np.zeros(int(groups.channel.max()) + 1, bool)
     best = np.zeros(len(must))
+    bound = {i for each in families(groups, scores) if each.constraints for i in each.groups}
     for i, values in scores.items():
         channels = groups.groups[i].channels
         best[channels] = values
         whole = i in options.ignored or i in options.outside
-        floor = len(values) if whole else min(options.of(i).min_channels, len(values))
+        least = 1 if i in bound else options.of(i).min_channels  # the best may lie in one block
+        floor = len(values) if whole else min(least, len(values))
         must[channels[np.argsort(values, kind="stable")[-floor:]]] = True
     for piece in groups.keep_one:
         must[piece[np.argsort(best[piece], kind="stable")[-1]]] = True
@@ -351,8 +365,8 @@ def _choose(
 def _bound(
     groups: Groups, family: Family, channels, value, must, options: Options, limit: int
 ) -> np.ndarray:
-    """What stays of a family; fewer go until every group's width is one that `round_to` and
-    `max_rate` allow."""
+    """What stays of a family; fewer go until every group's width is one that `round_to`,
+    `min_channels` and `max_rate` allow."""
     while limit > 0:
         found = solve(channels, value, must[channels], family.constraints, limit)
         ends = np.cumsum([len(groups.groups[i]) for i in family.groups])[:-1]
@@ -366,7 +380,8 @@ def _bound(
 def _fits(kept: np.ndarray, options: Options) -> bool:
     left, size = int(kept.sum()), len(kept)
     even = left % options.round_to == 0 or left == size
-    return even and size - left <= _count(size * options.max_rate)
+    wide = left >= min(options.min_channels, size)
+    return even and wide and size - left <= _count(size * options.max_rate)
 
 
 def _allowed(size: int, count: int, options: Options) -> int:

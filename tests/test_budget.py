@@ -194,6 +194,27 @@ def test_no_layer_is_emptied_while_others_stay_whole():
     assert min(kept) >= 8, kept
 
 
+@pytest.mark.parametrize("dead", [0.5, 1.0])
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_what_is_worth_nothing_goes_as_far_as_the_budget_asks(dead, share):
+    def partly_dead(group):
+        return torch.arange(len(group)) >= dead * len(group)
+
+    model = nn.Sequential(conv_bn(3, 24), conv_bn(24, 24), conv_bn(24, 4))
+    report = fxprune.prune(model, X, criterion=partly_dead, target={"macs": share}).fxprune.report
+    (reached,) = report.targets
+    assert reached.met and reached.after > 0.97 * reached.target, str(reached)
+
+
+def test_a_rate_of_a_single_layer_holds_beside_a_budget():
+    model = nn.Sequential(conv_bn(3, 20), conv_bn(20, 20), conv_bn(20, 20), conv_bn(20, 4))
+    rates = {"0.0": 0.0, "1.0": 0.25}
+    _, found = made(model, target={"macs": 0.5}, rates=rates)
+    assert [group.kept for group in found.plan.groups][:2] == [20, 15]
+    (reached,) = found.reached
+    assert reached.met and reached.after > 0.9 * reached.target
+
+
 def test_a_layer_that_costs_more_loses_more():
     torch.manual_seed(0)
     model = nn.Sequential(conv_bn(3, 16), nn.MaxPool2d(4), conv_bn(16, 16), conv_bn(16, 4))
@@ -212,6 +233,17 @@ def test_what_cannot_be_met_is_said_and_comes_as_near_as_it_can():
     assert any("target missed" in text for text in report.warnings)
     for row in report.groups:
         assert row.kept == (row.size - row.size // 2 if row.size != 5 else 5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("floor", [4, 8, 12])
+def test_floors_hold_exactly_in_grouped_layers(floor, seed):
+    """Whichever block the best channels lie in."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(conv_bn(3, 16), conv_bn(16, 24, groups=4), conv_bn(24, 5))
+    pruned = fxprune.prune(model, X, rate=0.9, min_channels=floor, criterion="l1")
+    widths = [pruned.get_submodule(f"{i}.0").weight.shape[0] for i in range(2)]
+    assert widths == [floor, floor]
 
 
 def test_floors_of_single_layers():

@@ -21,6 +21,10 @@ from fxprune.errors import CriterionError, FxpruneError, InputError, OptionError
 from fxprune.score import score
 
 torch.set_num_threads(1)
+MEASURED = (
+    "taylor", "fisher", "gradient_gamma", "apoz", "mean_activation", "hrank", "reconstruction",
+    "surgeon",
+)  # fmt: skip
 
 
 def conv_bn(i: int, o: int, **options) -> nn.Sequential:
@@ -153,6 +157,35 @@ def test_channels_that_no_weight_reads_are_gated_where_they_are_made():
 
 
 # -- activations -----------------------------------------------------------------------------------
+
+
+class Towers(nn.Module):
+    """What two layers give is multiplied and read by no weight."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.u, self.v = conv_bn(3, 6), conv_bn(3, 6)
+        self.uu, self.vv = nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 1)
+
+    def forward(self, x):
+        return (self.uu(self.u(x)) * self.vv(self.v(x))).sum(1).flatten(1)
+
+
+@pytest.mark.parametrize("criterion", MEASURED)
+def test_layers_that_read_channels_and_make_some_that_no_weight_reads(criterion):
+    """Attention has such layers: its products of queries and keys have no weight."""
+    x = sample()[0]
+    data = [(x, torch.zeros(12, 64, dtype=x.dtype))]
+    model = Towers().double().eval()
+    pruned = fxprune.prune(model, x[:2], criterion=criterion, rate=0.4, data=data)
+    assert pruned.get_submodule("uu").weight.shape[:2] == (3, 4)
+
+
+def test_class_numbers_may_be_of_any_integer_type():
+    x, y = sample()
+    found = [scores(net(), "fisher", [(x, y.to(kind))]) for kind in (torch.int64, torch.int32)]
+    assert all((found[0][name] == found[1][name]).all() for name in found[0])
 
 
 def test_activations_are_those_that_layers_read():
@@ -296,19 +329,7 @@ def test_every_criterion_of_data_is_finite_on_a_network_of_zeros(criterion):
     assert pruned.fxprune.report.channels[1] < pruned.fxprune.report.channels[0]
 
 
-@pytest.mark.parametrize(
-    "criterion",
-    [
-        "taylor",
-        "fisher",
-        "gradient_gamma",
-        "apoz",
-        "mean_activation",
-        "hrank",
-        "reconstruction",
-        "surgeon",
-    ],
-)
+@pytest.mark.parametrize("criterion", MEASURED)
 def test_every_criterion_of_data_prunes_and_leaves_the_model_alone(criterion):
     model, (x, y) = net(), sample()
     model.train()
@@ -337,6 +358,12 @@ def test_a_criterion_of_ones_own_may_need_data(monkeypatch):
         fxprune.criterion("test_other", needs=("activations",))
 
 
+def spoiled(value: float) -> torch.Tensor:
+    x = sample()[0]
+    x[3, 1, 2, 2] = value
+    return x
+
+
 @pytest.mark.parametrize(
     ("options", "fault", "hint"),
     [
@@ -357,6 +384,19 @@ def test_a_criterion_of_ones_own_may_need_data(monkeypatch):
         ),
         ({"criterion": "fisher", "data": batched(4), "loss": lambda o, t: o}, "loss gives", "mean"),
         ({"criterion": "fisher", "data": ["a"]}, "str", ""),
+        ({"criterion": "apoz", "data": [sample()[0], spoiled(float("nan"))]}, "1 .* NaN", "mend"),
+        ({"criterion": "apoz", "data": [spoiled(1e200)]}, "not finite", "too large"),
+        ({"criterion": "fisher", "data": batched(4), "loss": "ce"}, "loss is a str", "function"),
+        (
+            {"criterion": "fisher", "data": [(sample()[0], torch.full((12,), 7))]},
+            "loss fails .* out of bounds",
+            "mean over items",
+        ),
+        (
+            {"criterion": "fisher", "data": [(sample()[0], torch.zeros(12, 1).long())]},
+            "loss fails",
+            "",
+        ),
     ],
 )
 def test_wrong_data(options, fault, hint):
