@@ -83,6 +83,14 @@ def _batch(each: Any) -> Batch:
 def arguments(graph: fx.GraphModule, batch: Batch) -> dict[fx.Node, Any]:
     """What each placeholder of a graph is given; `InputError` where one is missing."""
     holders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    named = {str(holder.target) for holder in holders}
+    extra = [*batch.inputs.args[len(holders) :], *({*batch.inputs.kwargs} - named)]
+    if extra:
+        raise InputError(
+            f"data gives {len(extra)} more arguments than example_inputs",
+            details=[("expected", ", ".join(sorted(named)))],
+            hint="a batch is inputs as in example_inputs, or a pair (inputs, target)",
+        )
     found = dict(zip(holders, batch.inputs.args, strict=False))
     for holder in holders[len(batch.inputs.args) :]:
         if holder.target in batch.inputs.kwargs:

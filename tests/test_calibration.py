@@ -385,6 +385,16 @@ def spoiled(value: float) -> torch.Tensor:
         ({"criterion": "fisher", "data": batched(4), "loss": lambda o, t: o}, "loss gives", "mean"),
         ({"criterion": "fisher", "data": ["a"]}, "str", ""),
         ({"criterion": "apoz", "data": [sample()[0], spoiled(float("nan"))]}, "1 .* NaN", "mend"),
+        (
+            {"criterion": "apoz", "data": [((sample()[0], sample()[0]), None)]},
+            "1 more arguments",
+            "example_inputs",
+        ),
+        (
+            {"criterion": "apoz", "data": [{"x": sample()[0], "meta": sample()[0]}]},
+            "1 more arguments",
+            "example_inputs",
+        ),
         ({"criterion": "apoz", "data": [spoiled(1e200)]}, "not finite", "too large"),
         ({"criterion": "fisher", "data": batched(4), "loss": "ce"}, "loss is a str", "function"),
         (
