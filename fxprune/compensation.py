@@ -14,6 +14,7 @@ its statistics, is read off the rules; nothing here knows an op.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from torch import Tensor, fx
 from .analysis import Analysis
 from .batches import batches
 from .check import check_choice, clone, device_of
-from .errors import OptionError, RuleError
+from .errors import InputError, OptionError, RuleError
 from .ids import Value
 from .linear import Linear, Problem, linear
 from .progress import Progress
@@ -33,13 +34,14 @@ from .widths import Widths
 Compensate = Literal["least_squares", "bias", "statistics"]
 WAYS: tuple[Compensate, ...] = ("least_squares", "bias", "statistics")
 _RIDGE = 1e-4
+_FLAT = 1e-10  # share of an output's square that is its variance, below which it is constant
 
 
 @dataclass
 class Compensation:
-    """What was done: layer -> the error of its output relative to the output's own size, before
-    and after its fit; the normalisations whose statistics were taken anew; layers left as they
-    are, with why."""
+    """What was done: layer -> the squared error of its output over the output's variance (over its
+    square where it is constant), before and after its fit; the normalisations whose statistics
+    were taken anew; layers left as they are, with why."""
 
     how: str
     items: int
@@ -48,15 +50,20 @@ class Compensation:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        last = [f"{before:.3g} to {after:.3g}" for before, after in self.fitted.values()][-1:]
-        error = f"; the last one's error from {last[0]}" if last else ""
         if self.how == "statistics":
             return f"{len(self.statistics)} normalisations' statistics on {self.items} items"
         skipped = f", {len(self.skipped)} left as they are" if self.skipped else ""
         return (
             f"{len(self.fitted)} layers by {self.how.replace('_', ' ')} on {self.items} items"
-            f"{skipped}{error}; the numbers verified are those before the fit"
+            f"{skipped}{self._error()}; the numbers verified are those before the fit"
         )
+
+    def _error(self) -> str:
+        if not self.fitted:
+            return ""
+        before, after = [*self.fitted.values()][-1]
+        what = "the last one's squared error over the output's variance"
+        return f"; {what} from {before:.3g} to {after:.3g}"
 
 
 def check_compensate(given: Any) -> Compensate | None:
@@ -174,31 +181,32 @@ class _Fit:
     def _solve(
         self, node: fx.Node, old: fx.Node, how: Linear, targets: list[Tensor], name: str
     ) -> None:
-        weight = self.tensors[how.param]
         shift = self._shift(old, how)
         if shift is None and self.how == "bias":
             self.done.skipped[name] = "neither it nor a normalisation behind it has a constant"
             return
-        problem, sums = None, _Sums()
+        problem, sums = self._summed(node, how, targets, shift is not None)
+        _check_finite(name, *sums.tensors)
+        change = _Change(problem, self.tensors[how.param], shift, sums.solve(self.ridge))
+        _check_finite(name, *change.tensors)
+        before, after = sums.left(), sums.left(change.step)
+        if after < before:  # rounded to few digits, a small change may do harm
+            change.write()
+        self.done.fitted[name] = (before, min(before, after))
+
+    def _summed(
+        self, node: fx.Node, how: Linear, targets: list[Tensor], shifts: bool
+    ) -> tuple[Problem, _Sums]:
+        """A layer as a least-squares problem, and its sums over the data."""
+        problem, sums = None, _Sums(shifts)
         for env, target in zip(self.small.values, targets, strict=True):
             output = self.small.once(node, env)
-            problem = problem or Problem(how, self.small, node, weight, output)
+            problem = problem or Problem(how, self.small, node, self.tensors[how.param], output)
             columns = problem.columns(env) if self.how == "least_squares" else None
-            sums.add(
-                columns,
-                problem.of_output(target - output),
-                problem.of_output(target),
-                shift is not None,
-            )
+            residual = _wide(target) - _wide(output)
+            sums.add(columns, problem.of_output(residual), problem.of_output(target))
         assert problem is not None
-        step, left = sums.solve(self.ridge)
-        if self.how == "least_squares":
-            rows = step[:, : step.shape[1] - 1] if shift is not None else step
-            weight += problem.to_weight(rows.to(weight.dtype))
-        if shift is not None:
-            tensor, sign = shift
-            tensor += sign * step[:, -1].reshape(-1).to(tensor.dtype)
-        self.done.fitted[name] = (sums.error, left)
+        return problem, sums
 
     def _shift(self, old: fx.Node, how: Linear) -> tuple[Tensor, int] | None:
         """The tensor that moves the layer's output by a constant a channel, and its sign."""
@@ -219,9 +227,48 @@ class _Fit:
         dim = next(d for d, names in enumerate(use.binding.inputs[0]) if letter in names)
         given = [env[node.all_input_nodes[0]] for env in self.small.values]
         rows = torch.cat([x.movedim(dim, -1).reshape(-1, x.shape[dim]) for x in given])
-        self.tensors[params[rule.mean]].copy_(rows.double().mean(0))
-        self.tensors[params[rule.variance]].copy_(rows.double().var(0, correction=0))
-        self.done.statistics.append(params[rule.mean].rpartition(".")[0])
+        name, rows = params[rule.mean].rpartition(".")[0], rows.double()
+        tensors = [self.tensors[params[each]] for each in (rule.mean, rule.variance)]
+        anew = rows.mean(0), rows.var(0, correction=0)
+        found = [new.to(own.dtype) for new, own in zip(anew, tensors, strict=True)]
+        _check_finite(name, *found)
+        for own, new in zip(tensors, found, strict=True):
+            own.copy_(new)
+        self.done.statistics.append(name)
+
+
+class _Change:
+    """What a layer's weight, and the tensor that shifts its output, become. ``step``: by how much,
+    as rows of a solution, in the digits that the tensors have."""
+
+    def __init__(
+        self, problem: Problem, weight: Tensor, shift: tuple[Tensor, int] | None, step: Tensor
+    ):
+        rows = step if shift is None else step[:, :-1]
+        self.new: list[tuple[Tensor, Tensor]] = []
+        parts = []
+        if rows.shape[1]:
+            parts.append(problem.of_weight(self._moved(weight, problem.to_weight(rows))))
+        if shift is not None:
+            tensor, sign = shift
+            moved = sign * self._moved(tensor, sign * step[:, -1].reshape(-1))
+            parts.append(moved.reshape(step.shape[0], 1, -1))
+        self.step = torch.cat(parts, 1)
+
+    def _moved(self, tensor: Tensor, by: Tensor) -> Tensor:
+        """By how much a tensor moves if it is to move so much."""
+        new = (tensor.double() + by).to(tensor.dtype)
+        self.new.append((tensor, new))
+        return new.double() - tensor.double()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [new for _, new in self.new]
+
+    def write(self) -> None:
+        for tensor, new in self.new:
+            tensor.copy_(new)
+        torch.clear_autocast_cache()  # which would go on with the old ones
 
 
 def _readers(analysis: Analysis) -> Counter[int]:
@@ -237,39 +284,68 @@ def _readers(analysis: Analysis) -> Counter[int]:
     return found
 
 
-class _Sums:
-    """Normal equations of residuals on columns, a system a block."""
+def _check_finite(name: str, *tensors: Tensor) -> None:
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+        raise InputError(
+            f"the values at layer `{name}` are not finite on the data",
+            hint="look for NaN and infinity in the data; values of a network in half precision may "
+            "overflow: prune and fit it in float32, and cast what comes of it",
+        )
 
-    def __init__(self) -> None:
+
+def _wide(tensor: Tensor) -> Tensor:
+    """In float32 at least: sums and differences need more digits than half precision has."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+class _Sums:
+    """Normal equations of residuals on columns, a system a block; with ``shifts``, on a constant
+    too."""
+
+    def __init__(self, shifts: bool) -> None:
+        self.constants = int(shifts)
         self.gram: Any = 0.0
         self.right: Any = 0.0
-        self.residual = 0.0
-        self.size = 0.0
-        self.constants = 0
+        self.residual: Any = 0.0
+        self.total: Any = 0.0  # of what the original gives, a channel
+        self.square: Any = 0.0
+        self.count = 0
 
-    def add(self, columns: Tensor | None, residual: Tensor, target: Tensor, shifts: bool) -> None:
+    def add(self, columns: Tensor | None, residual: Tensor, target: Tensor) -> None:
         rows, blocks, _ = residual.shape
-        parts = [] if columns is None else [columns]
-        self.constants = int(shifts)
-        if shifts:
-            parts.append(residual.new_ones(rows, blocks, 1))
+        parts = [] if columns is None else [_wide(columns)]
+        parts += [residual.new_ones(rows, blocks, 1)] * self.constants
         x = torch.cat(parts, 2).transpose(0, 1)
         y = residual.transpose(0, 1)
-        self.gram = self.gram + (x.transpose(1, 2) @ x).double()
-        self.right = self.right + (x.transpose(1, 2) @ y).double()
-        self.residual += float(residual.double().square().sum())
-        centred = target.double() - target.double().mean(0, keepdim=True)
-        self.size += float(centred.square().sum())
+        with torch.autocast(x.device.type, enabled=False):
+            self.gram = self.gram + (x.transpose(1, 2) @ x).double()
+            self.right = self.right + (x.transpose(1, 2) @ y).double()
+        self.residual = self.residual + residual.double().square().sum()
+        self.total = self.total + target.double().sum(0)
+        self.square = self.square + target.double().square().sum()
+        self.count += rows
 
     @property
-    def error(self) -> float:
-        return self.residual / max(self.size, 1e-30)
+    def tensors(self) -> Sequence[Tensor]:
+        return self.gram, self.right, self.residual, self.square
 
-    def solve(self, ridge: float) -> tuple[Tensor, float]:
-        """What to add to the weights, and the error that is left."""
+    @property
+    def size(self) -> float:
+        """What errors are relative to: the output's variance, where it has any."""
+        square = float(self.square)
+        centred = square - float(self.total.square().sum()) / self.count
+        return centred if centred > _FLAT * square else square or float(self.residual) or 1.0
+
+    def solve(self, ridge: float) -> Tensor:
+        """What to add to the weights."""
         diagonal = self.gram.diagonal(dim1=1, dim2=2)
         weight = (ridge * diagonal.mean(1, keepdim=True) + 1e-12).expand_as(diagonal).clone()
         weight[:, diagonal.shape[1] - self.constants :] = 0  # a constant is not held back
-        step = torch.linalg.solve(self.gram + torch.diag_embed(weight), self.right)
-        gain = 2 * (step * self.right).sum() - (step * (self.gram @ step)).sum()
-        return step, (self.residual - float(gain)) / max(self.size, 1e-30)
+        return torch.linalg.solve(self.gram + torch.diag_embed(weight), self.right)
+
+    def left(self, step: Tensor | None = None) -> float:
+        """The error that is left when so much was added to the weights."""
+        gain = 0.0
+        if step is not None:
+            gain = float(2 * (step * self.right).sum() - (step * (self.gram @ step)).sum())
+        return max(float(self.residual) - gain, 0.0) / self.size

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune.errors import FxpruneError, OptionError
+from fxprune.errors import FxpruneError, InputError, OptionError
 
 torch.set_num_threads(1)
 
@@ -272,6 +274,116 @@ def test_shared_weights_are_left_as_they_are():
     x = inputs(0)
     fitted = fxprune.prune(model, x[:2], rate=0.5, data=[x], compensate=True)
     assert set(fitted.fxprune.report.compensation.fitted) == {"make", "last"}
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """An error over a size, both as norms."""
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_fitted_as_float32_is(dtype):
+    torch.manual_seed(0)
+    model, x = fxprune.models.resnet20().eval(), torch.randn(64, 3, 16, 16)
+    half, errors = copy.deepcopy(model).to(dtype), []
+    for net in (model, half):
+        kind = next(net.parameters()).dtype
+        data = x.to(kind)
+        fitted = fxprune.prune(
+            net, data[:1], rate=0.3, data=[data], compensate=True, verify="shapes"
+        )
+        assert all(p.dtype == kind for p in fitted.parameters())
+        with torch.no_grad():
+            errors.append(relative(fitted(data), net(data)))
+        done = fitted.fxprune.report.compensation
+        assert all(0 <= after <= before for before, after in done.fitted.values())
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_autocast_is_fitted_as_float32_is():
+    torch.manual_seed(0)
+    model, x = fxprune.models.resnet20().eval(), torch.randn(64, 3, 16, 16)
+    errors = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            fitted = fxprune.prune(
+                model, x[:1], rate=0.3, data=[x], compensate=True, verify="shapes"
+            )
+        with torch.no_grad():
+            errors.append(relative(fitted(x), model(x)))
+        done = fitted.fxprune.report.compensation
+        assert all(0 <= after <= before for before, after in done.fitted.values())
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_errors_are_over_the_variance_however_data_is_batched():
+    model, x = constant(nn.ReLU(), True), inputs(2, count=32)
+    options = {"criterion": "bn_gamma", "rate": 0.6, "ignore": ["3"]}
+    plain = fxprune.prune(model, x[:2], **options)
+    with torch.no_grad():
+        wanted, (found,) = model[:4](x), outputs_of(plain, "3", x)
+        channels = wanted.var((0, 2, 3), correction=0)
+        error = (found - wanted).square().mean((0, 2, 3)).sum() / channels.sum()
+    for size in (1, 2, 8, 32):
+        data = list(x.split(size))
+        fitted = fxprune.prune(model, x[:2], data=data, compensate="bias", **options)
+        before, after = fitted.fxprune.report.compensation.fitted["3"]
+        assert before == pytest.approx(float(error))
+        moved = outputs_of(fitted, "3", x)[0] - wanted
+        left = moved.square().mean((0, 2, 3)).sum() / channels.sum()
+        assert after == pytest.approx(float(left))
+
+
+def outputs_of(net: nn.Module, name: str, x: Tensor) -> list[Tensor]:
+    """What a layer of a network gives."""
+    found: list[Tensor] = []
+    hook = net.get_submodule(name).register_forward_hook(lambda *each: found.append(each[2]))
+    with torch.no_grad():
+        net(x)
+    hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_errors_of_an_output_that_is_constant_are_of_its_square(count):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(1, 3)
+    data = [x.expand(count, 3)]
+    fitted = fxprune.prune(model, x, rate=0.5, data=data, compensate="bias")
+    before, after = fitted.fxprune.report.compensation.fitted["2"]
+    with torch.no_grad():
+        plain = fxprune.prune(model, x, rate=0.5)(x)
+        assert before == pytest.approx(relative(plain, model(x)) ** 2, rel=1e-3)
+    assert 0 <= after < 1e-6
+
+
+@pytest.mark.parametrize("how", ["bias", "least_squares", "statistics"])
+def test_data_that_is_not_finite_is_refused(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+    ).double().eval()  # fmt: skip
+    analysis = fxprune.analyze(model, torch.randn(2, 3, dtype=torch.float64))
+    x = 1e200 * torch.randn(4, 3, dtype=torch.float64)  # finite, but no square of it is
+    with pytest.raises(InputError, match=r"layer `\w` are not finite on the data") as error:
+        fxprune.prune(model, analysis.inputs.args, rate=0.5, data=[x], compensate=how)
+    assert "overflow" in str(error.value)
+
+
+def test_weights_that_overflow_are_not_written():
+    """Each of eight equal channels that stay two would have four times its weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Linear(8, 4, bias=False)).half()
+    with torch.no_grad():
+        model[0].weight.copy_(0.1 * torch.randn(3))
+        model[1].weight.fill_(3e4)
+    x = torch.rand(16, 3).half()
+    assert model(x).isfinite().all()
+    with pytest.raises(InputError, match="layer `1` are not finite"):
+        fxprune.prune(model, x[:2], rate=0.75, data=[x], compensate=True, verify="shapes")
 
 
 @pytest.mark.parametrize(
