@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import fxprune
-from fxprune.errors import FxpruneError, OptionError
+from fxprune.errors import FxpruneError, InputError, OptionError
 
 torch.set_num_threads(1)
 
@@ -258,20 +260,317 @@ def test_it_saves_and_loads(tmp_path):
     assert loaded.fxprune.report.compensation == fitted.fxprune.report.compensation
 
 
-def test_shared_weights_are_left_as_they_are():
-    class Twice(nn.Module):
+# -- what is left as it is -------------------------------------------------------------------------
+
+
+class Branches(nn.Module):
+    """Two layers of opposite weights, which share something: what suits one is wrong for the
+    other."""
+
+    def __init__(self, share: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.make = nn.Conv2d(3, 16, 3, padding=1)
+        self.one = nn.Conv2d(16, 8, 1, bias=share == "bias")
+        self.two = nn.Conv2d(16, 8, 1, bias=share == "bias")
+        self.two.weight.data.copy_(-self.one.weight.data)
+        if share == "bias":
+            self.two.bias = self.one.bias
+        self.behind = nn.BatchNorm2d(8) if share == "normalisation" else nn.Identity()
+
+    def forward(self, x):
+        x = torch.sigmoid(self.make(x))
+        return torch.cat([self.behind(self.one(x)), self.behind(self.two(x))], 1)
+
+
+@pytest.mark.parametrize("share", ["bias", "normalisation"])
+def test_constants_that_two_layers_share_are_left_as_they_are(share):
+    model = Branches(share).double().eval()
+    x = inputs(2)
+    options = {"rate": 0.5, "data": [x]}
+    plain, moved, fitted = (
+        fxprune.prune(model, x[:2], compensate=how, **options) for how in (None, "bias", True)
+    )
+    for (name, a), b in zip(plain.state_dict().items(), moved.state_dict().values(), strict=True):
+        assert torch.equal(a, b) or name.startswith("make"), name
+    assert set(moved.fxprune.report.compensation.skipped) == {"one", "two"}
+    for name, own in fitted.named_buffers():
+        assert torch.equal(own, plain.get_buffer(name)), name
+    assert {"one", "two"} <= set(fitted.fxprune.report.compensation.fitted)
+    with torch.no_grad():
+        wanted = model(x)
+        errors = [float((net(x) - wanted).square().mean()) for net in (plain, moved, fitted)]
+    assert errors[1] == pytest.approx(errors[0])
+    assert errors[2] < 0.1 * errors[0], "weights are fitted alone"
+
+
+def test_a_normalisation_of_other_channels_takes_no_constant():
+    """A linear layer behind which a normalisation goes along another dim of the same size."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(6, 16), nn.Sigmoid(), nn.Linear(16, 5, bias=False), nn.BatchNorm1d(5)
+    ).double()
+    x = torch.randn(64, 5, 6, dtype=torch.float64)
+    fitted = fxprune.prune(model.eval(), x[:2], rate=0.5, data=[x], compensate="bias")
+    assert "3.running_mean" in fitted.state_dict()
+    assert not fitted.state_dict()["3.running_mean"].any()
+    assert "2" in fitted.fxprune.report.compensation.skipped
+
+
+def test_a_weight_of_two_names_is_fitted():
+    class Named(nn.Module):
         def __init__(self):
             super().__init__()
-            self.make, self.twice = nn.Linear(3, 8), nn.Linear(8, 8)
-            self.last = nn.Linear(8, 2)
+            torch.manual_seed(0)
+            self.gain, self.base = nn.Parameter(torch.randn(4, 16)), nn.Parameter(torch.randn(4))
+            self.make, self.take = nn.Linear(3, 16), nn.Linear(16, 4)
+            self.take.weight, self.take.bias = self.gain, self.base
 
         def forward(self, x):
-            return self.last(self.twice(self.twice(self.make(x)).relu()))
+            return self.take(self.make(x).sigmoid())
 
-    model = Twice().double()
     x = inputs(0)
-    fitted = fxprune.prune(model, x[:2], rate=0.5, data=[x], compensate=True)
-    assert set(fitted.fxprune.report.compensation.fitted) == {"make", "last"}
+    fitted = fxprune.prune(Named().double(), x[:2], rate=0.4, data=[x], compensate=True)
+    before, after = fitted.fxprune.report.compensation.fitted["take"]
+    assert after < 0.2 * before
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.make, self.twice, self.last = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.twice(self.twice(self.make(x)).relu()))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.make, self.one, self.two = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight, self.last = self.one.weight, nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.two(self.one(self.make(x)).relu()))
+
+
+class Walk(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.make, self.walk = nn.Linear(3, 8), nn.LSTM(8, 8, batch_first=True)
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.walk(self.make(x))[0])
+
+
+def normed() -> nn.Module:
+    parts = nn.utils.parametrizations
+    return nn.Sequential(
+        nn.Linear(3, 8), parts.weight_norm(nn.Linear(8, 8)), nn.LayerNorm(8), nn.ReLU(),
+        parts.spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("make", "fitted", "skipped"),
+    [
+        (Twice, {"make", "last"}, {"twice": "its weights are shared with another call of it"}),
+        (
+            Tied,
+            {"make", "last"},
+            {
+                "one": "its weights are shared with `two`",
+                "two": "its weights are shared with `one`",
+            },
+        ),
+        (Walk, {"make", "last"}, {"walk": "it is not linear in one parameter and one input"}),
+        (
+            normed,
+            {"0", "5"},
+            dict.fromkeys(("1", "4"), "it is not linear in one parameter and one input"),
+        ),
+    ],
+)
+def test_the_report_says_what_was_not_fitted_and_why(make, fitted, skipped):
+    torch.manual_seed(0)
+    x = torch.randn(16, 5, 3, dtype=torch.float64)
+    net = fxprune.prune(make().double().eval(), x[:2], rate=0.5, data=[x], compensate=True)
+    done = net.fxprune.report.compensation
+    assert set(done.fitted) == fitted
+    assert done.skipped == skipped
+    assert f"{len(skipped)} left as they are" in str(done)
+
+
+def test_functions_of_one_place_are_told_apart():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.one, self.two = nn.Parameter(torch.randn(16, 3)), nn.Parameter(torch.randn(5, 16))
+
+        def forward(self, x):
+            return F.linear(F.linear(x, self.one).relu(), self.two)
+
+    x = inputs(0)
+    net = fxprune.prune(
+        nn.Sequential(Two()).double(), x[:2], rate=0.5, data=[x], compensate="least_squares"
+    )
+    assert set(net.fxprune.report.compensation.fitted) == {"0", "0.two"}
+
+
+def test_what_has_no_parameters_is_not_listed():
+    class Blurred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.make, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1)
+            self.register_buffer("kernel", torch.ones(8, 1, 3, 3) / 9)
+
+        def forward(self, x):
+            return self.last(F.conv2d(self.make(x), self.kernel, groups=8).relu())
+
+    torch.manual_seed(0)
+    model, x = Blurred().double().eval(), inputs(2)
+    done = fxprune.prune(
+        model, x[:2], rate=0.5, data=[x], compensate="bias"
+    ).fxprune.report.compensation  # fmt: skip
+    assert set(done.fitted) == {"make", "last"} and not done.skipped
+
+
+def test_statistics_of_one_value_are_left_as_they_are():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2))
+    x = torch.randn(4, 12)
+    pruned = fxprune.prune(model.eval(), x, rate=0.5, data=[x[:1]], compensate="statistics")
+    assert (pruned.state_dict()["1.running_var"] == 1).all()
+    done = pruned.fxprune.report.compensation
+    assert done.statistics == [] and "one value" in done.skipped["1"]
+    assert "1 left as they are" in str(done)
+
+
+def test_statistics_that_two_layers_share_are_left_as_they_are():
+    model, x = Branches("normalisation").double().eval(), inputs(2)
+    pruned = fxprune.prune(model, x[:2], rate=0.5, data=[x], compensate="statistics")
+    assert not pruned.state_dict()["behind.running_mean"].any()
+    assert "shared" in pruned.fxprune.report.compensation.skipped["behind"]
+
+
+def test_no_statistics_to_take_anew_are_reported():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(4, 12)
+    pruned = fxprune.prune(model, x, rate=0.5, data=[x], compensate="statistics")
+    done = pruned.fxprune.report.compensation
+    assert str(done) == "nothing: no normalisation holds statistics"
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    """An error over a size, both as norms."""
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_fitted_as_float32_is(dtype):
+    torch.manual_seed(0)
+    model, x = fxprune.models.resnet20().eval(), torch.randn(64, 3, 16, 16)
+    half, errors = copy.deepcopy(model).to(dtype), []
+    for net in (model, half):
+        kind = next(net.parameters()).dtype
+        data = x.to(kind)
+        fitted = fxprune.prune(
+            net, data[:1], rate=0.3, data=[data], compensate=True, verify="shapes"
+        )
+        assert all(p.dtype == kind for p in fitted.parameters())
+        with torch.no_grad():
+            errors.append(relative(fitted(data), net(data)))
+        done = fitted.fxprune.report.compensation
+        assert all(0 <= after <= before for before, after in done.fitted.values())
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_autocast_is_fitted_as_float32_is():
+    torch.manual_seed(0)
+    model, x = fxprune.models.resnet20().eval(), torch.randn(64, 3, 16, 16)
+    errors = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            fitted = fxprune.prune(
+                model, x[:1], rate=0.3, data=[x], compensate=True, verify="shapes"
+            )
+        with torch.no_grad():
+            errors.append(relative(fitted(x), model(x)))
+        done = fitted.fxprune.report.compensation
+        assert all(0 <= after <= before for before, after in done.fitted.values())
+    assert errors[1] < 1.5 * errors[0]
+
+
+def test_errors_are_over_the_variance_however_data_is_batched():
+    model, x = constant(nn.ReLU(), True), inputs(2, count=32)
+    options = {"criterion": "bn_gamma", "rate": 0.6, "ignore": ["3"]}
+    plain = fxprune.prune(model, x[:2], **options)
+    with torch.no_grad():
+        wanted, (found,) = model[:4](x), outputs_of(plain, "3", x)
+        channels = wanted.var((0, 2, 3), correction=0)
+        error = (found - wanted).square().mean((0, 2, 3)).sum() / channels.sum()
+    for size in (1, 2, 8, 32):
+        data = list(x.split(size))
+        fitted = fxprune.prune(model, x[:2], data=data, compensate="bias", **options)
+        before, after = fitted.fxprune.report.compensation.fitted["3"]
+        assert before == pytest.approx(float(error))
+        moved = outputs_of(fitted, "3", x)[0] - wanted
+        left = moved.square().mean((0, 2, 3)).sum() / channels.sum()
+        assert after == pytest.approx(float(left))
+
+
+def outputs_of(net: nn.Module, name: str, x: Tensor) -> list[Tensor]:
+    """What a layer of a network gives."""
+    found: list[Tensor] = []
+    hook = net.get_submodule(name).register_forward_hook(lambda *each: found.append(each[2]))
+    with torch.no_grad():
+        net(x)
+    hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_errors_of_an_output_that_is_constant_are_of_its_square(count):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(1, 3)
+    data = [x.expand(count, 3)]
+    fitted = fxprune.prune(model, x, rate=0.5, data=data, compensate="bias")
+    before, after = fitted.fxprune.report.compensation.fitted["2"]
+    with torch.no_grad():
+        plain = fxprune.prune(model, x, rate=0.5)(x)
+        assert before == pytest.approx(relative(plain, model(x)) ** 2, rel=1e-3)
+    assert 0 <= after < 1e-6
+
+
+@pytest.mark.parametrize("how", ["bias", "least_squares", "statistics"])
+def test_data_that_is_not_finite_is_refused(how):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+    ).double().eval()  # fmt: skip
+    analysis = fxprune.analyze(model, torch.randn(2, 3, dtype=torch.float64))
+    x = 1e200 * torch.randn(4, 3, dtype=torch.float64)  # finite, but no square of it is
+    with pytest.raises(InputError, match=r"layer `\w` are not finite on the data") as error:
+        fxprune.prune(model, analysis.inputs.args, rate=0.5, data=[x], compensate=how)
+    assert "overflow" in str(error.value)
+
+
+def test_weights_that_overflow_are_not_written():
+    """Each of eight equal channels that stay two would have four times its weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8, bias=False), nn.Linear(8, 4, bias=False)).half()
+    with torch.no_grad():
+        model[0].weight.copy_(0.1 * torch.randn(3))
+        model[1].weight.fill_(3e4)
+    x = torch.rand(16, 3).half()
+    assert model(x).isfinite().all()
+    with pytest.raises(InputError, match="layer `1` are not finite"):
+        fxprune.prune(model, x[:2], rate=0.75, data=[x], compensate=True, verify="shapes")
 
 
 @pytest.mark.parametrize(
