@@ -486,7 +486,21 @@ def test_verify_refuses_other_weights(home):
     fx(f"prune net.py:Net {X} -o small")
     done = fx(f"verify net.py:Net small {X} --seed 5", code=1)
     assert "error: the pruned network differs from the masked original" in done.stderr
-    assert "the same --weights, or --seed" in " ".join(done.stderr.split())
+    told = " ".join(done.stderr.split())
+    assert "the same --weights, or --seed" in told
+    assert "a network that was trained or compensated after pruning differs too" in told
+
+
+@pytest.mark.parametrize("how", ["least_squares", "bias"])
+def test_verify_of_a_fitted_network_proves_its_plan(home, how):
+    Path("calibration.py").write_text(_DATA)
+    fx(f"prune net.py:Net {X} --data calibration.py:batches --compensate {how} -o fitted")
+    shown = " ".join(fx(f"verify net.py:Net fitted {X}").stdout.split())
+    assert "verified: shapes proven; numbers not compared: the weights were fitted" in shown
+    assert "the plan, applied to the model anew, gives the masked original" in shown
+    found = data(f"verify net.py:Net fitted {X}")
+    assert found["verification"]["difference"] is None and found["verification"]["shapes"] is True
+    assert "another model" in fx(f"verify net.py:Net fitted {X} --arg width=8", code=3).stderr
 
 
 # -- what fxprune knows ----------------------------------------------------------------------------
