@@ -222,8 +222,12 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 
 
 def test_the_page_shows_what_is_printed(home):
-    """Each ``$`` line of a console block is run; ``...`` stands for anything."""
-    shown = re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    """Each ``$`` line of a console block is run; ``...`` stands for anything. Blocks that begin with
+    the name of a file are such files."""
+    page, how = PAGE.read_text().replace("\\\n", ""), re.MULTILINE | re.DOTALL
+    for name, text in re.findall(r"^```python\n# ([\w.]+)\n(.*?)^```$", page, how):
+        Path(name).write_text(text)
+    shown = re.findall(r"^```console\n(.*?)^```$", page, how)
     parts = [part for block in shown for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
     assert parts
     for part in parts:
@@ -915,6 +919,18 @@ def test_floors_and_caps_of_single_layers(home):
     assert kept_of("--min-channels 'conv1*=8' --min-channels 4") == [8, 4, 10]
     assert kept_of("--max-rate .5") == [8, 12, 10]
     assert kept_of("--max-rate conv2=.25 --max-rate .5") == [8, 18, 10]
+
+
+def test_a_measured_sensitivity_is_read(home):
+    sys.path.insert(0, str(home))
+    import net
+
+    found = fxprune.sensitivity(net.Net().eval(), [torch.rand(4, 3, 8, 8)], rates=(0.25, 0.5))
+    Path("found.json").write_text(found.to_json())
+    fx(f"prune net.py:Net {X} -t macs=0.5 --sensitivity found.json")
+    Path("found.json").write_bytes(b"\xff")
+    done = fx(f"prune net.py:Net {X} -t macs=0.5 --sensitivity found.json", code=3)
+    assert "found.json cannot be read: it is no text" in done.stderr
 
 
 def test_a_table_of_times_meets_a_latency(home):
