@@ -222,8 +222,8 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 
 
 def test_the_page_shows_what_is_printed(home):
-    """Each ``$`` line of a console block is run; ``...`` stands for anything. Blocks that begin with
-    the name of a file are such files."""
+    """Each ``$`` line of a console block is run; ``...`` stands for anything. Blocks that begin
+    with the name of a file are such files."""
     page, how = PAGE.read_text().replace("\\\n", ""), re.MULTILINE | re.DOTALL
     for name, text in re.findall(r"^```python\n# ([\w.]+)\n(.*?)^```$", page, how):
         Path(name).write_text(text)

@@ -53,17 +53,17 @@ def target(texts: Sequence[str]) -> dict[str, float]:
 
 
 def min_channels(texts: Sequence[str]) -> Any:
-    hint = "write 8, or 'layer1.*=8' for some layers"
-    return _for_layers(_numbers("--min-channels", texts, int, "whole number", hint))
+    how = "write 8, or 'layer1.*=8' for some layers"
+    return _for_layers(_numbers("--min-channels", texts, int, "whole number", how))
 
 
 def max_rate(texts: Sequence[str]) -> Any:
-    hint = "write 0.5, or 'fc=0.25' for some layers"
-    return _for_layers(_numbers("--max-rate", texts, float, "share", hint))
+    how = "write 0.5, or 'fc=0.25' for some layers"
+    return _for_layers(_numbers("--max-rate", texts, float, "share", how))
 
 
 def _numbers(
-    option: str, texts: Sequence[str], number: Callable[[str], Any], what: str, hint: str
+    option: str, texts: Sequence[str], number: Callable[[str], Any], what: str, how: str
 ) -> dict[str, Any]:
     """Numbers by the name before them; what has no name is under the empty one."""
     found: dict[str, Any] = {}
@@ -72,7 +72,7 @@ def _numbers(
         try:
             value = number(amount)
         except ValueError:
-            raise OptionError(f"{option} {text} gives no {what}", hint=hint) from None
+            raise OptionError(f"{option} {text} gives no {what}", hint=how) from None
         if name in found:  # which of the two is meant, nobody can know
             twice = f"{option} {name}".rstrip()
             raise OptionError(f"{twice} is given twice", hint="leave one of them out")
@@ -81,12 +81,12 @@ def _numbers(
 
 
 def _named(
-    option: str, texts: Sequence[str], number: Callable[[str], Any], what: str, hint: str
+    option: str, texts: Sequence[str], number: Callable[[str], Any], what: str, how: str
 ) -> dict[str, Any]:
     """The same, where every number has a name."""
-    found = _numbers(option, texts, number, what, hint)
+    found = _numbers(option, texts, number, what, how)
     if "" in found:
-        raise OptionError(f"{option} {found['']:g} gives no {what}: it has no name", hint=hint)
+        raise OptionError(f"{option} {found['']:g} gives no {what}: it has no name", hint=how)
     return found
 
 
@@ -199,7 +199,7 @@ def _read(text: str, found: Iterable[Any]) -> Iterator[Any]:
         yield from found
 
 
-def _check_takes(fault: str, function: Callable[..., Any], count: int, hint: str) -> None:
+def _check_takes(fault: str, function: Callable[..., Any], count: int, meant: str) -> None:
     """Refuse a function that does not take so many arguments."""
     try:
         signature = inspect.signature(function)
@@ -209,7 +209,7 @@ def _check_takes(fault: str, function: Callable[..., Any], count: int, hint: str
         signature.bind(*[None] * count)
     except TypeError as error:
         details = [("takes", str(signature))]
-        raise OptionError(f"{fault}: {error}", details=details, hint=hint) from None
+        raise OptionError(f"{fault}: {error}", details=details, hint=meant) from None
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -228,14 +228,14 @@ def latency_table(path: Path) -> Any:
     return fxprune.LatencyTable.from_json(_text(path, "write it with table.to_json()"))
 
 
-def _text(path: Path, hint: str) -> str:
+def _text(path: Path, made_by: str) -> str:
     if not path.is_file():
-        raise OptionError(f"there is no file {path}", hint=hint)
+        raise OptionError(f"there is no file {path}", hint=made_by)
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = getattr(error, "strerror", None) or "it is no text"
-        raise NamingError(f"{path} cannot be read: {why}", hint=hint) from None
+        raise NamingError(f"{path} cannot be read: {why}", hint=made_by) from None
 
 
 READERS: Mapping[str, Callable[[Any], Any]] = {
