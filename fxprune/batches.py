@@ -61,7 +61,7 @@ def batches(data: Any, device: torch.device | None = None) -> list[Batch]:
 
 def _read(data: Iterable[Any], device: torch.device | None) -> Iterator[Batch]:
     for number, each in enumerate(data):
-        batch = _batch(each)
+        batch = _batch(each, number)
         if not batch.tensors or not batch.tensors[0].ndim or not len(batch):
             raise InputError(f"batch {number} of data holds no items", hint=_KINDS)
         if any(bool(torch.isnan(tensor).any()) for tensor in batch.tensors):
@@ -72,11 +72,15 @@ def _read(data: Iterable[Any], device: torch.device | None) -> Iterator[Batch]:
         yield batch if device is None else batch.to(device)
 
 
-def _batch(each: Any) -> Batch:
+def _batch(each: Any, number: int) -> Batch:
     pair = isinstance(each, (tuple, list)) and len(each) == 2
     inputs, target = each if pair else (each, None)
     if isinstance(inputs, (tuple, list)) and len(inputs) == 1:
         inputs = inputs[0]
+    if not isinstance(inputs, (Tensor, Mapping, tuple, list)):
+        kind = type(inputs).__name__
+        hint = "tensors: torch.from_numpy(...)" if kind == "ndarray" else _KINDS
+        raise InputError(f"batch {number} of data is a {kind}", hint=hint)
     return Batch(given(inputs), target)
 
 

@@ -393,7 +393,8 @@ def default_loss(output: Any, target: Any) -> Tensor:
     if target is None:
         raise OptionError(
             "data has no targets, and the criterion needs a loss",
-            hint="data of pairs (inputs, target), or loss=a function of (output, None)",
+            hint="data of pairs (inputs, target), one batch is data=[(X, Y)]; or loss=a function "
+            "of (output, None)",
         )
     if isinstance(target, Tensor) and not target.is_floating_point() and output.ndim > 1:
         return F.cross_entropy(output, target.long())

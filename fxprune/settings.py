@@ -114,8 +114,7 @@ def _check(found: Settings) -> None:
     check_choice("scatter", found.scatter, (True, False))
     for name, count in _each("min_channels", found.min_channels):
         check_count(name, count)
-    if found.round_to != "auto":
-        check_count("round_to", found.round_to)
+    _check_round_to(found.round_to)
     if found.normalize is not None:
         check_choice("normalize", found.normalize, NORMALIZE)
     if found.select_by == "knapsack" and found.target is None:
@@ -128,6 +127,16 @@ def _check(found: Settings) -> None:
     if found.sensitivity is not None and found.select_by != "knapsack":
         raise OptionError("sensitivity is for a budget", hint='target={"macs": 0.5}')
     _check_set(found)
+
+
+def _check_round_to(given: Any) -> None:
+    if given == "auto":
+        return
+    try:
+        check_count("round_to", given)
+    except OptionError:
+        fault = f'round_to={given!r} must be a whole number of at least 1, or "auto"'
+        raise OptionError(fault) from None
 
 
 def _each(name: str, given: Any) -> list[tuple[str, Any]]:

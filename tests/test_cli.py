@@ -134,7 +134,7 @@ def _options(kind) -> dict[str, typing.Any]:
 def test_options_are_the_functions_arguments(kind, function, beside):
     signature = inspect.signature(getattr(fxprune, function))
     taken = set(signature.parameters) - {"model", "example_inputs", "watch"}
-    taken -= {"progress", "latency_table"}  # shown, and measured, of itself
+    taken -= {"progress"}  # shown of itself
     assert {each.name for each in fields(kind)} - beside == taken
 
 
@@ -222,8 +222,12 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 
 
 def test_the_page_shows_what_is_printed(home):
-    """Each ``$`` line of a console block is run; ``...`` stands for anything."""
-    shown = re.findall(r"^```console\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    """Each ``$`` line of a console block is run; ``...`` stands for anything. Blocks that begin
+    with the name of a file are such files."""
+    page, how = PAGE.read_text().replace("\\\n", ""), re.MULTILINE | re.DOTALL
+    for name, text in re.findall(r"^```python\n# ([\w.]+)\n(.*?)^```$", page, how):
+        Path(name).write_text(text)
+    shown = re.findall(r"^```console\n(.*?)^```$", page, how)
     parts = [part for block in shown for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]]
     assert parts
     for part in parts:
@@ -486,7 +490,21 @@ def test_verify_refuses_other_weights(home):
     fx(f"prune net.py:Net {X} -o small")
     done = fx(f"verify net.py:Net small {X} --seed 5", code=1)
     assert "error: the pruned network differs from the masked original" in done.stderr
-    assert "the same --weights, or --seed" in " ".join(done.stderr.split())
+    told = " ".join(done.stderr.split())
+    assert "the same --weights, or --seed" in told
+    assert "a network that was trained or compensated after pruning differs too" in told
+
+
+@pytest.mark.parametrize("how", ["least_squares", "bias"])
+def test_verify_of_a_fitted_network_proves_its_plan(home, how):
+    Path("calibration.py").write_text(_DATA)
+    fx(f"prune net.py:Net {X} --data calibration.py:batches --compensate {how} -o fitted")
+    shown = " ".join(fx(f"verify net.py:Net fitted {X}").stdout.split())
+    assert "verified: shapes proven; numbers not compared: the weights were fitted" in shown
+    assert "the plan, applied to the model anew, gives the masked original" in shown
+    found = data(f"verify net.py:Net fitted {X}")
+    assert found["verification"]["difference"] is None and found["verification"]["shapes"] is True
+    assert "another model" in fx(f"verify net.py:Net fitted {X} --arg width=8", code=3).stderr
 
 
 # -- what fxprune knows ----------------------------------------------------------------------------
@@ -630,6 +648,8 @@ def test_messages_speak_of_options():
         "scatter=True frees": "--scatter frees",
         "no criterion `l3`": "no criterion `l3`",
         "x.rate=3": "x.rate=3",
+        "max_rate['fc']=2 is outside": "--max-rate fc=2 is outside",
+        "rates['layer1.*']=2 is outside": "--rates 'layer1.*=2' is outside",
     }
     assert {text: spoken(text) for text in said} == said
 
@@ -816,6 +836,33 @@ def batches():
     return [(x, torch.arange(8) % 2)]
 
 ready = [torch.zeros(4, 3, 8, 8)]
+number = 3
+
+def of_folder(folder):
+    return batches()
+
+def lost():
+    raise FileNotFoundError("no such folder")
+
+def breaks():
+    yield from batches()
+    raise ValueError("the file ends here")
+
+def counted():
+    return 3
+
+class Loader:
+    def __iter__(self):
+        return iter(batches())
+
+def of_output(output):
+    return output.mean()
+
+def torn(output, target):
+    raise KeyError("no class")
+
+def loss(output, target):
+    return torch.nn.functional.cross_entropy(output, target)
 """
 
 
@@ -829,12 +876,90 @@ def test_budgets_data_and_compensation(home):
     shown = fx(f"prune net.py:Net {X} {words}").stdout
     assert "target: macs" in shown and "fitted:" in shown
     fx(f"prune net.py:Net {X} -c apoz --data calibration.py:ready")
+    words = "--data calibration.py:Loader --loss calibration.py:loss"
+    fx(f"prune net.py:Net {X} -c fisher {words}")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("--data calibration.py:of_folder", 2, "without arguments: missing a required argument"),
+        ("--data calibration.py:lost", 3, "fails: FileNotFoundError: no such folder"),
+        ("--data calibration.py:breaks", 3, "fails: ValueError: the file ends here"),
+        ("--data calibration.py:number", 2, "--data calibration.py:number is an int"),
+        ("--data calibration.py:counted", 2, "--data calibration.py:counted gives an int"),
+        ("--data calibration.py", 3, "--data calibration.py names nothing in the file"),
+        ("--data calibration.py", 3, "hint: calibration.py:NAME"),
+        ("--data calibration", 3, "hint: write file.py:NAME"),
+        ("--data calibration.py:redy", 3, "calibration.py has no `redy`"),
+        ("--data calibration.py:redy", 3, "batches, ready, of_folder, lost, breaks, counted, Load"),
+        ("--data calibration.py:redy", 3, "did you mean `ready`?"),
+        ("--data calibration.py:Loader.first", 3, "calibration.py has no `Loader.first`"),
+        ("--loss calibration.py:ready", 2, "--loss calibration.py:ready is a list"),
+        ("--loss calibration.py:of_output", 2, "function of (output, target): too many positional"),
+        ("--loss calibration.py:torn", 3, "--loss calibration.py:torn fails: KeyError"),
+        ("--loss calibration.py", 3, "--loss calibration.py names nothing in the file"),
+    ],
+)
+def test_data_and_losses_that_cannot_be_used(words, code, said, home):
+    Path("calibration.py").write_text(_DATA)
+    words = words if "--data" in words else f"{words} --data calibration.py:batches"
+    done = fx(f"prune net.py:Net {X} -c fisher {words}", code, width=200)
+    assert said in done.stderr and "Traceback" not in done.stderr
+
+
+def kept_of(words: str) -> list[int]:
+    report = data(f"prune net.py:Net {X} --verify no --rate 0.9 {words}")["report"]
+    return [row["kept"] for row in report["groups"]]
+
+
+def test_floors_and_caps_of_single_layers(home):
+    assert kept_of("--min-channels 4") == [4, 4, 10]
+    assert kept_of("--min-channels 'conv1*=8'") == [8, 3, 10]
+    assert kept_of("--min-channels 'conv1*=8' --min-channels 4") == [8, 4, 10]
+    assert kept_of("--max-rate .5") == [8, 12, 10]
+    assert kept_of("--max-rate conv2=.25 --max-rate .5") == [8, 18, 10]
+
+
+def test_a_measured_sensitivity_is_read(home):
+    sys.path.insert(0, str(home))
+    import net
+
+    found = fxprune.sensitivity(net.Net().eval(), [torch.rand(4, 3, 8, 8)], rates=(0.25, 0.5))
+    Path("found.json").write_text(found.to_json())
+    fx(f"prune net.py:Net {X} -t macs=0.5 --sensitivity found.json")
+    Path("found.json").write_bytes(b"\xff")
+    done = fx(f"prune net.py:Net {X} -t macs=0.5 --sensitivity found.json", code=3)
+    assert "found.json cannot be read: it is no text" in done.stderr
+
+
+def test_a_table_of_times_meets_a_latency(home):
+    sys.path.insert(0, str(home))
+    import net
+
+    analysis = fxprune.analyze(net.Net().eval(), torch.rand(1, 3, 8, 8))
+    table = fxprune.LatencyTable.measure(analysis, budget_s=0.2, cache=home)
+    Path("times.json").write_text(table.to_json())
+    words = f"-t latency_ms={table.ms() * 0.9:.6f} --latency-table times.json"
+    (reached,) = data(f"prune net.py:Net {X} {words}")["report"]["targets"]
+    assert reached["before"] == pytest.approx(table.ms(), rel=1e-3)
 
 
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
         ("-t macs", "--target macs gives no amount"),
+        ("-t 0.5", "--target 0.5 gives no amount"),
+        ("-t macs=0.5 -t macs=0.6", "--target macs is given twice"),
+        ("-t macs=-1", "--target macs=-1.0 must be a number above 0"),
+        ("--rates a=.1 --rates a=.2", "--rates a is given twice"),
+        ("--rates conv1=2", "--rates conv1=2.0 is outside"),
+        ("--min-channels 2 --min-channels 3", "--min-channels is given twice"),
+        ("--min-channels conv1=x", "--min-channels conv1=x gives no whole number"),
+        ("--max-rate half", "--max-rate half gives no share"),
+        ("--max-rate conv1=2", "--max-rate conv1=2.0 is outside"),
+        ("--max-rate conv9=.5", "conv9"),
+        ("-t latency_ms=1 --latency-table no.json", "there is no file no.json"),
         ("-t macs=0.5 -r 0.3", "rate and target"),
         ("--round-to best", "--round-to best is no number"),
         ("-c fisher", "no data"),

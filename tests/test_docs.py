@@ -132,6 +132,8 @@ def _guide() -> str:
 @pytest.mark.parametrize("option", list(inspect.signature(fxprune.prune).parameters))
 def test_every_option_of_prune_is_described(option):
     assert f"`{option}" in _guide()
+    readme = (ROOT / "README.md").read_text().partition("## Options")[2].partition("## ")[0]
+    assert f"`{option}`" in readme or option == "model"
 
 
 def test_every_criterion_is_described():

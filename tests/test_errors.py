@@ -244,7 +244,23 @@ def test_an_option_of_another_type(name, value):
 @pytest.mark.parametrize("value", [0, -8, 1.5, "8", True])
 def test_a_count_that_is_none(name, value):
     error = raised(OptionError, lambda: fxprune.prune(small(), X, **{name: value}))
-    assert error.fault == f"{name}={value!r} must be a whole number of at least 1"
+    other = ', or "auto"' if name == "round_to" else ""
+    assert error.fault == f"{name}={value!r} must be a whole number of at least 1{other}"
+
+
+@pytest.mark.parametrize(
+    ("data", "said", "hint"),
+    [
+        ([X.numpy()], "batch 0 of data is a ndarray", "tensors: torch.from_numpy(...)"),
+        ([X, (X.numpy(), 1)], "batch 1 of data is a ndarray", "tensors: torch.from_numpy(...)"),
+        ([3], "batch 0 of data is a int", "a list or DataLoader of batches"),
+        ((X, X), "data has no targets, and the criterion", "one batch is data=[(X, Y)]"),
+    ],
+)
+def test_data_that_is_no_batches(data, said, hint):
+    kind = OptionError if said.startswith("data has") else InputError
+    error = raised(kind, lambda: fxprune.prune(small(), X, criterion="fisher", data=data))
+    assert error.fault.startswith(said) and hint in error.hint
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5])

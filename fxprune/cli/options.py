@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,6 +12,7 @@ from ..errors import OptionError
 from .command import flag, of_file, option
 from .complete import complete_criterion, complete_model, complete_recipe
 from .output import Output
+from .readers import READERS
 
 _MODEL, _WHAT, _HOW, _CHECK = "The model", "What is removed", "How it may be removed", "Checks"
 
@@ -267,6 +267,16 @@ class Pruning(Reading):
             rich_help_panel=_HOW,
         ),
     ] = None
+    latency_table: Annotated[
+        Path | None,
+        option(
+            help="A file that fxprune.LatencyTable.measure(...).to_json() gave: what ops take, for "
+            "a target of latency_ms.",
+            metavar="FILE",
+            default="measured here",
+            rich_help_panel=_HOW,
+        ),
+    ] = None
     normalize: Annotated[
         Literal["none", "mean", "std", "sum", "max", "kind"] | None,
         option(
@@ -335,18 +345,23 @@ class Pruning(Reading):
         ),
     ] = None
     min_channels: Annotated[
-        int | None,
-        option(help="No group gets narrower.", default="1", rich_help_panel=_HOW, metavar="N"),
-    ] = None
-    max_rate: Annotated[
-        float | None,
+        list[str] | None,
         option(
-            help="No group loses a larger share.",
+            help="No group gets narrower; for some layers 'layer1.*=8'. Again for more.",
+            metavar="N",
+            default="1",
+            rich_help_panel=_HOW,
+        ),
+    ] = field(default_factory=list)
+    max_rate: Annotated[
+        list[str] | None,
+        option(
+            help="No group loses a larger share; for some layers 'fc=0.25'. Again for more.",
             metavar="SHARE",
             default="1.0",
             rich_help_panel=_HOW,
         ),
-    ] = None
+    ] = field(default_factory=list)
     round_to: Annotated[
         str | None,
         option(
@@ -394,17 +409,7 @@ class Pruning(Reading):
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         own = {name: value for name, value in own.items() if value not in (None, [])}
         del own["verify"], own["no_verify"]
-        readers: dict[str, Any] = {
-            "criterion": _criterion,
-            "rates": _rates,
-            "squeeze": _squeeze,
-            "target": _target,
-            "round_to": _round_to,
-            "data": _data,
-            "loss": _thing,
-            "sensitivity": _sensitivity,
-        }
-        found = {name: readers.get(name, _same)(value) for name, value in own.items()}
+        found = {name: READERS.get(name, _same)(value) for name, value in own.items()}
         return {**found, "verify": self._verify()}
 
     def _verify(self) -> Any:
@@ -416,79 +421,3 @@ class Pruning(Reading):
 
 def _same(value: Any) -> Any:
     return value
-
-
-def _criterion(text: str) -> Any:
-    """``l2``, ``sparsity,side=below``, or a function of a file."""
-    from .. import naming
-
-    if ".py:" in text:
-        return naming.thing(text)
-    name, *options = text.split(",")
-    return {"name": name, **dict(map(naming.argument, options))} if options else name
-
-
-def _rates(texts: Sequence[str]) -> dict[str, float]:
-    found = {}
-    for text in texts:
-        pattern, _, rate = text.rpartition("=")
-        try:
-            found[pattern] = float(rate)
-        except ValueError:
-            pattern = ""
-        if not pattern:
-            raise OptionError(f"--rates {text} gives no rate", hint="write 'layer1.*=0.3'")
-    return found
-
-
-def _target(texts: Sequence[str]) -> dict[str, float]:
-    found = {}
-    for text in texts:
-        kind, _, amount = text.partition("=")
-        try:
-            found[kind] = float(amount)
-        except ValueError:
-            raise OptionError(
-                f"--target {text} gives no amount", hint="write macs=0.5, or latency_ms=4"
-            ) from None
-    return found
-
-
-def _round_to(text: str) -> Any:
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise OptionError(
-            f"--round-to {text} is no number of channels", hint="write 8, or auto"
-        ) from None
-
-
-def _thing(text: str) -> Any:
-    from .. import naming
-
-    return naming.thing(text)
-
-
-def _data(text: str) -> Any:
-    """An iterable, or what a function of that name gives."""
-    found = _thing(text)
-    if hasattr(found, "__iter__"):
-        return found
-    make: Any = found
-    return make()
-
-
-def _sensitivity(path: Path) -> Any:
-    import fxprune
-
-    if not path.is_file():
-        raise OptionError(f"there is no file {path}", hint="write it with sensitivity.to_json()")
-    return fxprune.Sensitivity.from_json(path.read_bytes())
-
-
-def _squeeze(text: str) -> Any:
-    from .. import naming
-
-    return False if text == "no" else dict(naming.argument(part) for part in text.split(","))

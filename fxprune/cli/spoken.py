@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import fields
 
 from .options import Named, Pruning
@@ -15,11 +16,21 @@ _ARGUMENT = re.compile(
     r"(?<![\w.\[])(?P<name>" + "|".join(sorted(_KNOWN, key=len, reverse=True)) + r")="
     r"(?P<value>\"[^\"]*\"|'[^']*'|\([^()]*\)|\[[^\[\]]*\]|\{[^{}]*\}|[\w.+-]*)"
 )
+_ENTRY = re.compile(
+    r"\b(?P<name>rates|target|min_channels|max_rate)\['(?P<key>[^']*)'\]=(?P<value>[\w.+-]+)"
+)
 
 
 def spoken(text: str) -> str:
     """Arguments of Python functions as the options of the same names."""
-    return re.sub(r"\bexample_inputs\b", "--input", _ARGUMENT.sub(_option, text))
+    text = _ARGUMENT.sub(_option, _ENTRY.sub(_entry, text))
+    return re.sub(r"\bexample_inputs\b", "--input", text)
+
+
+def _entry(found: re.Match[str]) -> str:
+    """``rates['layer1.*']=0.3`` as an option, in quotes where a shell would need them."""
+    given = shlex.quote(f"{found['key']}={found['value']}")
+    return f"--{found['name'].replace('_', '-')} {given}"
 
 
 def _option(found: re.Match[str]) -> str:

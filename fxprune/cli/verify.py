@@ -17,6 +17,12 @@ from .output import Output
 
 if TYPE_CHECKING:
     from ..plans import Plan
+    from ..verifier import Verification
+
+_FITTED = (
+    "the weights were fitted after pruning; the plan, applied to the model anew, gives the masked "
+    "original"
+)
 
 
 @dataclass
@@ -54,7 +60,8 @@ def verify(named: Named, against: Against, output: Output) -> Answer:
     """Prove that a pruned network computes what the original does with the channels masked.
 
     The model must be the one that was pruned, with the weights it had then: the same --weights, or
-    the same --seed. A network that was trained after pruning computes something else.
+    the same --seed. A network that was trained after pruning computes something else. Of one that
+    was fitted by --compensate its shapes and its plan are proven, and its numbers not compared.
     """
     if (against.folder is None) == (against.plan is None):
         raise OptionError("verify takes a folder or --plan", hint="one of the two")
@@ -82,14 +89,34 @@ def _saved(model: Any, folder: Path, example: Any) -> tuple[Plan, Any]:
 
     pruned = fxprune.load(folder, model)
     plan = pruned.fxprune.plan
+    if _was_fitted(folder):
+        return plan, _of_the_plan(model, plan, example)
     try:
         return plan, fxprune.verify(model, pruned, plan, example)
     except VerificationError as error:
         error.hint = (
             "the model must have the weights it was pruned with, the same --weights, or --seed; "
-            "a network that was trained after pruning differs too"
+            "a network that was trained or compensated after pruning differs too"
         )
         raise
+
+
+def _was_fitted(folder: Path) -> bool:
+    from ..saving import report_of
+
+    report = report_of(folder)
+    return report is not None and report.compensation is not None
+
+
+def _of_the_plan(model: Any, plan: Plan, example: Any) -> Verification:
+    """What holds of a network that was fitted: its plan, proven on weights as they were before, as
+    numbers of its own are meant to differ. That it has the plan's shapes, loading has shown."""
+    import fxprune
+
+    from ..verifier import Verification
+
+    found = fxprune.apply(model, plan, example).fxprune.report.verification
+    return Verification(found.shapes, note=_FITTED)
 
 
 def _described(plan: Plan) -> dict[str, Any]:
