@@ -13,7 +13,7 @@ its statistics, is read off the rules; nothing here knows an op.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from .batches import batches
 from .check import check_choice, clone, device_of
 from .errors import InputError, OptionError, RuleError
 from .ids import Value
+from .least_squares import Halves, wide
 from .letters import DimsUse
 from .linear import Linear, Problem, linear
 from .progress import Progress
@@ -34,8 +35,6 @@ from .widths import Widths
 
 Compensate = Literal["least_squares", "bias", "statistics"]
 WAYS: tuple[Compensate, ...] = ("least_squares", "bias", "statistics")
-_RIDGE = 1e-4
-_FLAT = 1e-10  # share of an output's square that is its variance, below which it is constant
 _NONE = {"statistics": "no normalisation holds statistics"}
 
 
@@ -89,7 +88,6 @@ def compensate(
     data: Any,
     how: Compensate = "least_squares",
     progress: Progress | None = None,
-    ridge: float = _RIDGE,
 ) -> Compensation:
     """Fit a pruned network to the one of `analysis`, in place; `kept` is the mask of kept ids."""
     if analysis.recorded:
@@ -102,7 +100,7 @@ def compensate(
     modes = {module: module.training for module in pruned.modules()}
     pruned.eval()
     try:
-        fit = _Fit(analysis, dense, pruned, kept, found, how, ridge)
+        fit = _Fit(analysis, dense, pruned, kept, found, how)
         fit.run(progress)
     finally:
         for module, mode in modes.items():
@@ -111,8 +109,8 @@ def compensate(
 
 
 class _Fit:
-    def __init__(self, analysis, dense, pruned, kept, data, how, ridge):
-        self.analysis, self.how, self.ridge = analysis, how, ridge
+    def __init__(self, analysis, dense, pruned, kept, data, how):
+        self.analysis, self.how = analysis, how
         self.widths = Widths(analysis.flow, kept)
         self.dense, self.small = Stepper(dense, data), Stepper(pruned, data)
         self.old = {node.name: node for node in analysis.graph.graph.nodes}
@@ -201,7 +199,7 @@ class _Fit:
             raise _Left("neither it nor a normalisation behind it has a constant of its own")
         problem, sums = self._summed(node, how, targets, shift is not None)
         _check_finite(name, *sums.tensors)
-        change = _Change(problem, self.tensors[how.param], shift, sums.solve(self.ridge))
+        change = _Change(problem, self.tensors[how.param], shift, sums.solve())
         _check_finite(name, *change.tensors)
         before, after = sums.left(), sums.left(change.step)
         if after < before:  # rounded to few digits, a small change may do harm
@@ -210,14 +208,14 @@ class _Fit:
 
     def _summed(
         self, node: fx.Node, how: Linear, targets: list[Tensor], shifts: bool
-    ) -> tuple[Problem, _Sums]:
+    ) -> tuple[Problem, Halves]:
         """A layer as a least-squares problem, and its sums over the data."""
-        problem, sums = None, _Sums(shifts)
+        problem, sums = None, Halves(shifts)
         for env, target in zip(self.small.values, targets, strict=True):
             output = self.small.once(node, env)
             problem = problem or Problem(how, self.small, node, self.tensors[how.param], output)
             columns = problem.columns(env) if self.how == "least_squares" else None
-            residual = _wide(target) - _wide(output)
+            residual = wide(target) - wide(output)
             sums.add(columns, problem.of_output(residual), problem.of_output(target))
         assert problem is not None
         return problem, sums
@@ -400,61 +398,3 @@ def _check_finite(name: str, *tensors: Tensor) -> None:
             hint="look for NaN and infinity in the data; values of a network in half precision may "
             "overflow: prune and fit it in float32, and cast what comes of it",
         )
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """In float32 at least: sums and differences need more digits than half precision has."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-class _Sums:
-    """Normal equations of residuals on columns, a system a block; with ``shifts``, on a constant
-    too."""
-
-    def __init__(self, shifts: bool) -> None:
-        self.constants = int(shifts)
-        self.gram: Any = 0.0
-        self.right: Any = 0.0
-        self.residual: Any = 0.0
-        self.total: Any = 0.0  # of what the original gives, a channel
-        self.square: Any = 0.0
-        self.count = 0
-
-    def add(self, columns: Tensor | None, residual: Tensor, target: Tensor) -> None:
-        rows, blocks, _ = residual.shape
-        parts = [] if columns is None else [_wide(columns)]
-        parts += [residual.new_ones(rows, blocks, 1)] * self.constants
-        x = torch.cat(parts, 2).transpose(0, 1)
-        y = residual.transpose(0, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            self.gram = self.gram + (x.transpose(1, 2) @ x).double()
-            self.right = self.right + (x.transpose(1, 2) @ y).double()
-        self.residual = self.residual + residual.double().square().sum()
-        self.total = self.total + target.double().sum(0)
-        self.square = self.square + target.double().square().sum()
-        self.count += rows
-
-    @property
-    def tensors(self) -> Sequence[Tensor]:
-        return self.gram, self.right, self.residual, self.square
-
-    @property
-    def size(self) -> float:
-        """What errors are relative to: the output's variance, where it has any."""
-        square = float(self.square)
-        centred = square - float(self.total.square().sum()) / self.count
-        return centred if centred > _FLAT * square else square or float(self.residual) or 1.0
-
-    def solve(self, ridge: float) -> Tensor:
-        """What to add to the weights."""
-        diagonal = self.gram.diagonal(dim1=1, dim2=2)
-        weight = (ridge * diagonal.mean(1, keepdim=True) + 1e-12).expand_as(diagonal).clone()
-        weight[:, diagonal.shape[1] - self.constants :] = 0  # a constant is not held back
-        return torch.linalg.solve(self.gram + torch.diag_embed(weight), self.right)
-
-    def left(self, step: Tensor | None = None) -> float:
-        """The error that is left when so much was added to the weights."""
-        gain = 0.0
-        if step is not None:
-            gain = float(2 * (step * self.right).sum() - (step * (self.gram @ step)).sum())
-        return max(float(self.residual) - gain, 0.0) / self.size
