@@ -22,6 +22,7 @@ from .errors import OptionError, nearest
 from .files import write_text
 from .frontends import Frontend
 from .ignore import by_name
+from .told import bytes_of, told
 from .trees import leaves
 
 Progress = Callable[[str, float], None]
@@ -73,7 +74,9 @@ def sensitivity(
         engine: "ray" for its tasks, or an object with a `map` as the executors of
             `concurrent.futures` have, in the place of processes.
         progress: called with what was tried and the share that is done.
-        cache: a JSON file for what is known already, so that a run that was stopped goes on.
+        cache: a JSON file for what is known already, so that a run that was stopped goes on. That
+            of another network, other data or other options is refused; functions are told apart by
+            their code and what it closes over, not by what other modules do when they call them.
         frontend: as in `fxprune.prune`.
         strict: as in `fxprune.prune`.
         options: only, ignore, reduce, min_channels, max_rate, round_to, mixing, scatter and heads,
@@ -260,26 +263,9 @@ def _fingerprint(asked: Question) -> str:
     """Equal for runs whose losses are the same. Of what a metric reads, only tensors are seen."""
     found = hashlib.sha256()
     for name, tensor in tensors_of(asked.model).items():
-        found.update(f"{name} {tuple(tensor.shape)}".encode() + _bytes(tensor))
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + bytes_of(tensor))
     for tensor in leaves(asked.data, Tensor):
-        found.update(str(tuple(tensor.shape)).encode() + _bytes(tensor))
+        found.update(str(tuple(tensor.shape)).encode() + bytes_of(tensor))
     how = (asked.options, asked.loss, asked.metric, asked.frontend, type(asked.model))
-    found.update(_told(how).encode())
+    found.update(told(how).encode())
     return found.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-
-
-def _told(value: Any) -> str:
-    """A text for an option that is the same in every run: functions by name, not by address."""
-    if isinstance(value, Mapping):
-        return str([(key, _told(value[key])) for key in sorted(value)])
-    if isinstance(value, (tuple, list)):
-        return str([_told(each) for each in value])
-    if callable(value):
-        named = value if hasattr(value, "__qualname__") else type(value)
-        return f"{named.__module__}.{named.__qualname__}"
-    return repr(value)

@@ -4,12 +4,16 @@ computed."""
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import itertools
 import json
 import math
+import os
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from torch.nn import functional as F
 
 import fxprune
 from fxprune.errors import CriterionError, ModelError, NothingToPrune, OptionError, PlanError
+from fxprune.told import told
 
 
 class Plain(nn.Module):
@@ -279,6 +284,114 @@ def test_a_cache_of_something_else_is_refused(plain, tmp_path):
     path.write_text("{")
     with pytest.raises(OptionError, match="is no cache"):
         fxprune.sensitivity(plain, images(), cache=path)
+
+
+class Squares:
+    """A loss with attributes of its own."""
+
+    def __init__(self, power: float):
+        self.power, self.note = power, lambda: 0
+
+    def __call__(self, output, target):
+        return (output.mean(1) - target).abs().pow(self.power).mean()
+
+
+def closure(factor):
+    def loss(output, target):
+        return squared(output, target) * factor
+
+    return loss
+
+
+def powered(output, target, power=2):
+    return (output[:, 0] - target).abs().pow(power).mean()
+
+
+def keeps_first(group):
+    return -torch.arange(len(group)).float()
+
+
+SCALE = 1.0
+
+
+def scaled(output, target):
+    return squared(output, target) * SCALE
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda o, t: o.mean(), lambda o, t: o.std()),
+        (lambda o, t: (o[:, 0] - 1).mean(), lambda o, t: (o[:, 0] - 2).mean()),
+        (lambda o, t: (lambda x: x + 1)(o.mean()), lambda o, t: (lambda x: x + 2)(o.mean())),
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.9)),
+        (
+            nn.CrossEntropyLoss(weight=torch.ones(4)),
+            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0, 1.0])),
+        ),
+        (closure(1.0), closure(2.0)),
+        (closure(torch.ones(1)), closure(torch.zeros(1))),
+        (functools.partial(powered, power=2), functools.partial(powered, power=3)),
+        (functools.partial(powered, power=2), functools.partial(scaled, power=2)),
+        (Squares(1.0), Squares(2.0)),
+        (Squares(1.0).__call__, Squares(2.0).__call__),
+    ],
+)
+def test_losses_that_differ_are_told_apart(one, other):
+    assert told(one) == told(copy.deepcopy(one)) != told(other)
+
+
+def test_defaults_and_globals_of_functions_are_told(monkeypatch):
+    before = told(powered), told(scaled)
+    monkeypatch.setattr(powered, "__defaults__", (3,))
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert not {told(powered), told(scaled)} & {*before}
+
+
+def test_what_leads_back_to_itself_is_told():
+    loss = Squares(1.0)
+    loss.own = [loss]
+    assert told(loss) == told(loss)
+
+
+TOLD = """
+import sys
+sys.path.insert(0, {tests!r})
+import functools, torch
+from test_sensitivity import Squares, closure, powered, told
+from torch import nn
+print(told([Squares(2.0), closure({{"b", "a"}}), functools.partial(powered, power=3), nn.MSELoss,
+            lambda o, t: o in {{"x", "y", "z"}}, object(), torch.relu, nn.CrossEntropyLoss()]))
+"""
+
+
+def test_what_is_told_is_the_same_in_every_run():
+    tests = Path(__file__).parent
+    code = TOLD.format(tests=str(tests))
+    found = set()
+    for seed in ("1", "2"):
+        paths = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1 and "0x" not in found.pop()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (dict(loss=nn.CrossEntropyLoss()), dict(loss=nn.CrossEntropyLoss(label_smoothing=0.9))),
+        (dict(metric=lambda m, d: accuracy(m, d)), dict(metric=lambda m, d: -accuracy(m, d))),
+        (dict(criterion=keeps_first), dict(criterion=lambda g: torch.arange(len(g)).float())),
+    ],
+)
+def test_a_cache_of_another_loss_is_refused(plain, tmp_path, one, other):
+    path = tmp_path / "cache.json"
+    fxprune.sensitivity(plain, images(), rates=(0.5,), cache=path, **one)
+    fxprune.sensitivity(plain, images(), rates=(0.5,), cache=path, **one)
+    with pytest.raises(OptionError, match="of another network, other data or other options"):
+        fxprune.sensitivity(plain, images(), rates=(0.5,), cache=path, **other)
 
 
 # -- what it gives ---------------------------------------------------------------------------------
