@@ -175,7 +175,7 @@ class Damage:
     def _loss(self, output: Any, target: Any, i: int) -> Any:
         if self.asked.loss is not None:
             return self.asked.loss(output, target)
-        first = next(iter(leaves(output, Tensor)), None)
+        first: Any = next(iter(leaves(output, Tensor)), None)
         if are_classes(first, target):
             return F.cross_entropy(first, classes(first, target))
         if first is not None and isinstance(target, Tensor) and target.shape == first.shape:
