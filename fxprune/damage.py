@@ -22,7 +22,7 @@ from .api import check_prunable, pruned_by
 from .check import device_of
 from .copies import narrow
 from .curves import unique
-from .distilling import are_classes, classes, said
+from .distilling import are_classes, classes, lost, said
 from .errors import FxpruneError, InputError, ModelError, OptionError, first_line
 from .frontends import Frontend
 from .inputs import Inputs, given
@@ -150,7 +150,7 @@ class Damage:
     @torch.no_grad()
     def _measured(self, network: nn.Module) -> float:
         if self.asked.metric is not None:
-            return _number("metric", self.asked.metric(network, self.asked.data))
+            return _number("metric", _metric(self.asked, network))
         total, count = 0.0, 0
         for i, (inputs, target) in enumerate(self._batches()):
             size = _samples(inputs)
@@ -174,11 +174,11 @@ class Damage:
 
     def _loss(self, output: Any, target: Any, i: int) -> Any:
         if self.asked.loss is not None:
-            return self.asked.loss(output, target)
+            return lost(self.asked.loss, output, target)
         first: Any = next(iter(leaves(output, Tensor)), None)
         if are_classes(first, target):
             return F.cross_entropy(first, classes(first, target))
-        if first is not None and isinstance(target, Tensor) and target.shape == first.shape:
+        if _is_like(target, first):
             return _squared(first, target)
         return _squared(output, self._own[i])
 
@@ -210,6 +210,22 @@ def _run(network: nn.Module, inputs: Inputs, number: int) -> Any:
             details=[("batch", inputs.describe())],
             hint="a batch is inputs as in example_inputs, or a pair (inputs, target)",
         ) from error
+
+
+def _metric(asked: Question, network: nn.Module) -> Any:
+    try:
+        return asked.metric(network, asked.data) if asked.metric is not None else None
+    except (FxpruneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        hint = "it is called with a network and `data`, as they were given"
+        raise OptionError(f"metric fails: {first_line(error)}", hint=hint) from error
+
+
+def _is_like(target: Any, output: Any) -> bool:
+    """Whether a target holds floats, one for each of the output's."""
+    both = isinstance(target, Tensor) and isinstance(output, Tensor)
+    return both and target.is_floating_point() and target.shape == output.shape
 
 
 def _number(what: str, found: Any) -> float:

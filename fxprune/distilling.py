@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .errors import InputError, OptionError
+from .errors import FxpruneError, InputError, OptionError, first_line
 from .trees import leaves
 
 Loss = Callable[[Any, Any], Tensor]
@@ -22,12 +22,26 @@ def task_loss(outputs: Any, targets: Any) -> Tensor:
     if isinstance(outputs, Tensor) and isinstance(targets, Tensor):
         if are_classes(outputs, targets):
             return F.cross_entropy(outputs, classes(outputs, targets))
-        if outputs.shape == targets.shape:
+        if outputs.shape == targets.shape and targets.is_floating_point():
             return F.mse_loss(outputs, targets)
     raise OptionError(
         f"there is no usual loss for outputs of {said(outputs)} and targets of {said(targets)}",
         hint="give loss=, a function of outputs and targets",
     )
+
+
+def lost(loss: Loss, outputs: Any, targets: Any) -> Any:
+    """What a user's loss gives; `OptionError` where it fails."""
+    try:
+        return loss(outputs, targets)
+    except (FxpruneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise OptionError(
+            f"loss fails on outputs of {said(outputs)} and targets of {said(targets)}: "
+            f"{first_line(error)}",
+            hint="it is called with the network's outputs and a batch's targets, as data give them",
+        ) from error
 
 
 def are_classes(outputs: Any, targets: Any) -> bool:

@@ -29,7 +29,7 @@ from .check import (
     device_of,
     usable_device,
 )
-from .distilling import Loss, distance, said, task_loss
+from .distilling import Loss, distance, lost, said, task_loss
 from .errors import FxpruneError, InputError, ModelError, OptionError, SaveError, first_line
 from .files import write_whole
 from .inputs import Inputs
@@ -119,6 +119,7 @@ def finetune(
     loss is not finite, and `SaveError` where the checkpoint cannot be read or written or is of
     another run; the model and the optimizer are then as they were.
     """
+    _check_model(model)
     check_number("lr", lr)
     check_share("alpha", alpha, whole=True, hint=_ALPHA)
     check_choice("schedule", schedule, (None, "one_cycle", "cosine"))
@@ -213,13 +214,13 @@ class _Run:
     def _loss(self, inputs: Any, targets: Any, step: int) -> Tensor:
         outputs = _called("model", self.model, inputs, step)
         if self.teacher is None:
-            return _sound(self.loss(outputs, targets))
+            return _sound(lost(self.loss, outputs, targets))
         with torch.no_grad():
             wanted = _called("teacher", self.teacher, inputs, step)
         far = distance(outputs, wanted, targets, self.temperature)
         if self.alpha == 1:
             return _sound(far)
-        return self.alpha * far + (1 - self.alpha) * _sound(self.loss(outputs, targets))
+        return self.alpha * far + (1 - self.alpha) * _sound(lost(self.loss, outputs, targets))
 
 
 def _called(what: str, model: nn.Module, inputs: Any, step: int) -> Any:
@@ -261,7 +262,8 @@ def _pair(batch: Any, device: torch.device) -> tuple[Any, Any]:
         size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise InputError(
             f"data gave a {type(batch).__name__}{size}, and no pair of inputs and targets",
-            hint="a DataLoader of (inputs, targets), or a generator that makes these pairs",
+            hint="a DataLoader of (inputs, targets), or a list of these pairs: one batch is "
+            "data=[(X, Y)]",
         )
     check_tensors(batch)
     inputs, targets = tree_map_only(Tensor, lambda each: _usable(each, device), tuple(batch))
@@ -308,7 +310,10 @@ def _from(makes: Any, params: list[nn.Parameter]) -> Optimizer:
     """What a function of parameters makes; `OptionError` where it is no optimizer."""
     if not callable(makes):
         raise OptionError(f"optimizer is a {type(makes).__name__}", hint=_OPTIMIZER)
-    found = makes(params)
+    try:
+        found = makes(params)
+    except Exception as error:
+        raise OptionError(f"optimizer fails: {first_line(error)}", hint=_OPTIMIZER) from error
     if not isinstance(found, Optimizer):
         raise OptionError(f"optimizer gives {said(found)}", hint=_OPTIMIZER)
     return found
@@ -508,6 +513,9 @@ _FACTORS: dict[str | None, Callable[[float], float]] = {
 
 
 def _total(data: Any, epochs: int, steps: int | None) -> int:
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        hint = "a DataLoader of (inputs, targets), or a list of such pairs"
+        raise InputError(f"data is a {type(data).__name__}", hint=hint)
     if steps is not None:
         check_count("steps", steps)
         return steps
@@ -542,6 +550,15 @@ def _seen(progress: Any) -> Iterator[Progress]:
         raise OptionError(f"progress={progress!r} is no way to show progress", hint=hint)
     with shown(progress) as bar:
         yield lambda done, total, loss: bar("train", done / total)
+
+
+def _check_model(model: Any) -> None:
+    """Wrapped models, which cannot be pruned, can be trained."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"a torch.nn.Module is needed, not {type(model).__name__}",
+            hint="pass the model object itself",
+        )
 
 
 def _check_loss(loss: Any) -> None:

@@ -90,6 +90,8 @@ def sensitivity(
     """
     check_model(model)
     check_engine(engine, workers)
+    if cache is not None and not isinstance(cache, (str, os.PathLike)):
+        raise OptionError(f"cache is a {type(cache).__name__}", hint="the name of a JSON file")
     asked = Question(
         clone(model).eval(),
         _kept(data, loss, metric),

@@ -293,6 +293,7 @@ def test_an_item_may_be_left_out():
         ((A.numpy(), B), "ndarray"),
         ((A, B.numpy()), "ndarray"),
         ((A, B[:4]), "no usual loss"),
+        ((A, torch.eye(3)[B].long()), "no usual loss"),
         ((A[:0], B[:0]), "holds no items"),
         ((A, None), "no usual loss"),
     ],
@@ -319,6 +320,12 @@ def test_a_teacher_that_takes_other_inputs_is_named():
         ({"loss": lambda o, t: 1.0}, "loss gives float"),
         ({"loss": lambda o, t: None}, "loss gives None"),
         ({"loss": lambda o, t: F.cross_entropy(o.detach(), t)}, "depends on no parameter"),
+        (
+            {"loss": lambda o, t: nn.CrossEntropyLoss()(o, t + 9)},
+            "loss fails on outputs of float32",
+        ),
+        ({"loss": lambda o: o.mean()}, "loss fails on outputs of float32"),
+        ({"optimizer": lambda: None}, "optimizer fails"),
         ({"seed": "a"}, "seed='a'"),
         ({"seed": 1.5}, "seed=1.5"),
         ({"progress": 3}, "no way to show progress"),
@@ -416,3 +423,12 @@ def test_a_checkpoint_of_another_optimizer_changes_nothing(tmp_path):
     with pytest.raises(SaveError, match="does not fit"):
         fxprune.finetune(model, data(), checkpoint=file, optimizer=optimizer)
     assert equal(model, before)
+
+
+def test_other_things_than_a_model_or_data_are_named():
+    with pytest.raises(ModelError, match="not str") as caught:
+        fxprune.finetune("net", [(A, B)])
+    assert caught.value.hint
+    refused(InputError, "data is a int", 3, steps=2)
+    refused(InputError, "data is a NoneType", None)
+    assert "data=[(X, Y)]" in refused(InputError, "no pair", (A, B)).hint
