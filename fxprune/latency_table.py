@@ -112,7 +112,7 @@ class LatencyTable:
                 f"the latency_table is of another network than {type(analysis.model).__name__} "
                 f"on {analysis.inputs.describe()}",
                 details=[("table", str(self))],
-                hint="measure one with the same example inputs and options: "
+                hint="measure one with the same example inputs, batch and options: "
                 "fxprune.LatencyTable.measure(fxprune.analyze(model, x))",
             )
 
