@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from .errors import ModelError, OptionError, first_line, nearest
+from .errors import InputError, ModelError, OptionError, first_line, nearest
+from .trees import leaves
 
 _WRAPPERS = {
     "DataParallel": "model.module",
@@ -143,18 +145,22 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def check_share(name: str, value: Any, *, whole: bool = False) -> None:
+def check_share(
+    name: str,
+    value: Any,
+    *,
+    whole: bool = False,
+    hint: str = "0.5 removes half of the channels",
+) -> None:
     """Raise `OptionError` unless `value` is a number in [0, 1), or [0, 1] where `whole`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise OptionError(f"{name} must be a number, not {type(value).__name__}")
+        raise OptionError(f"{name} must be a number, not {type(value).__name__}", hint=hint)
     share = float(value)
     if not (0 <= share < 1 or (whole and share == 1)):
         percent = f"{share / 100:g}" if 1 < share < 100 else ""
         raise OptionError(
             f"{name}={value} is outside [0, 1{']' if whole else ')'}",
-            hint=f"a share is meant: {percent} for {share:g} %"
-            if percent
-            else "0.5 removes half of the channels",
+            hint=f"a share is meant: {percent} for {share:g} %" if percent else hint,
         )
 
 
@@ -162,6 +168,15 @@ def check_count(name: str, value: Any) -> None:
     """Raise `OptionError` unless `value` is a whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise OptionError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+def check_tensors(batch: Any) -> None:
+    """Raise `InputError` for a batch of numpy's arrays."""
+    if leaves(batch, np.ndarray):
+        raise InputError(
+            "data gave an ndarray, and no tensor",
+            hint="torch.as_tensor makes one: torch.as_tensor(x, dtype=torch.float32)",
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

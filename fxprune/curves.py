@@ -129,6 +129,8 @@ def _cell(point: tuple[float, float], sign: str) -> str:
 
 
 def _signed(loss: float, sign: str) -> str:
+    if loss == 0:
+        return "0"
     other = {"+": "-", "-": "+"}[sign]
     return f"{other if loss < 0 else sign}{abs(loss):.3g}"
 

@@ -22,13 +22,14 @@ from .api import check_prunable, pruned_by
 from .check import device_of
 from .copies import narrow
 from .curves import unique
-from .errors import ModelError, OptionError
+from .distilling import are_classes, classes, lost, said
+from .errors import FxpruneError, InputError, ModelError, OptionError, first_line
 from .frontends import Frontend
 from .inputs import Inputs, given
 from .planning import Made, bound_options, make_plan, plan_of, scored
 from .rewrite import rewrite
 from .select import Options, Selection, families, select
-from .settings import settings
+from .settings import Settings, settings
 from .trees import leaves, mapped
 from .watch import silent
 from .widths import RewriteError
@@ -68,6 +69,7 @@ class Damage:
 
     def __init__(self, question: Question):
         self.asked, self.chosen = question, settings(None, question.options)
+        _check_ranks(self.chosen)
         how: Any = {name: getattr(self.chosen, name) for name in READ_BY}
         self.analysis = analyze(
             question.model,
@@ -148,12 +150,12 @@ class Damage:
     @torch.no_grad()
     def _measured(self, network: nn.Module) -> float:
         if self.asked.metric is not None:
-            return float(self.asked.metric(network, self.asked.data))
+            return _number("metric", _metric(self.asked, network))
         total, count = 0.0, 0
         for i, (inputs, target) in enumerate(self._batches()):
             size = _samples(inputs)
-            output = network(*inputs.args, **inputs.kwargs)
-            total += float(self._loss(output, target, i)) * size
+            output = _run(network, inputs, i)
+            total += _number("loss", self._loss(output, target, i)) * size
             count += size
         return total / count
 
@@ -162,7 +164,7 @@ class Damage:
     def _own(self) -> list[Any]:
         """The unpruned network's outputs, batch by batch."""
         model = self.asked.model
-        return [model(*inputs.args, **inputs.kwargs) for inputs, _ in self._batches()]
+        return [_run(model, inputs, i) for i, (inputs, _) in enumerate(self._batches())]
 
     def _batches(self) -> Iterator[tuple[Inputs, Any]]:
         device = device_of(self.asked.model)
@@ -172,9 +174,12 @@ class Damage:
 
     def _loss(self, output: Any, target: Any, i: int) -> Any:
         if self.asked.loss is not None:
-            return self.asked.loss(output, target)
-        if _is_classes(output, target):
-            return F.cross_entropy(output, target.long())
+            return lost(self.asked.loss, output, target)
+        first: Any = next(iter(leaves(output, Tensor)), None)
+        if are_classes(first, target):
+            return F.cross_entropy(first, classes(first, target))
+        if _is_like(target, first):
+            return _squared(first, target)
         return _squared(output, self._own[i])
 
 
@@ -183,6 +188,52 @@ def as_batch(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)):
         return (batch[0], batch[1]) if len(batch) == 2 else (tuple(batch), None)
     return batch, None
+
+
+def _check_ranks(chosen: Settings) -> None:
+    if chosen.found.needs:
+        raise OptionError(
+            f"criterion `{chosen.found}` needs data, and sensitivity ranks channels by weights",
+            hint="a criterion of weights, as l2 or geometric_median; `data` are for the loss",
+        )
+
+
+def _run(network: nn.Module, inputs: Inputs, number: int) -> Any:
+    """What a network gives for a batch; `InputError` where it does not run on it."""
+    try:
+        return network(*inputs.args, **inputs.kwargs)
+    except (FxpruneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the network does not run on batch {number} of data: {first_line(error)}",
+            details=[("batch", inputs.describe())],
+            hint="a batch is inputs as in example_inputs, or a pair (inputs, target)",
+        ) from error
+
+
+def _metric(asked: Question, network: nn.Module) -> Any:
+    try:
+        return asked.metric(network, asked.data) if asked.metric is not None else None
+    except (FxpruneError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        hint = "it is called with a network and `data`, as they were given"
+        raise OptionError(f"metric fails: {first_line(error)}", hint=hint) from error
+
+
+def _is_like(target: Any, output: Any) -> bool:
+    """Whether a target holds floats, one for each of the output's."""
+    both = isinstance(target, Tensor) and isinstance(output, Tensor)
+    return both and target.is_floating_point() and target.shape == output.shape
+
+
+def _number(what: str, found: Any) -> float:
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        hint = "one number" if what == "loss" else "one number: the larger, the better"
+        raise OptionError(f"{what} gives {said(found)}", hint=hint) from None
 
 
 def _settle(analysis: Analysis, make: Callable[[], Made]) -> None:
@@ -199,14 +250,6 @@ def _written(analysis: Analysis, made: Made) -> Any:
 def _samples(inputs: Inputs) -> int:
     tensors = leaves((inputs.args, inputs.kwargs), Tensor)
     return next((t.shape[0] for t in tensors if t.ndim), 1)
-
-
-def _is_classes(output: Any, target: Any) -> bool:
-    """Whether these are scores of classes, and the numbers of the right ones."""
-    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
-        return False
-    whole = target.dtype in (torch.int64, torch.int32, torch.uint8, torch.int16)
-    return whole and output.ndim == 2 and target.shape == output.shape[:1]
 
 
 def _squared(output: Any, own: Any) -> float:

@@ -28,6 +28,9 @@ class GrowingPenalty(Penalty):
                 ...                                     # a usual training step
         pruned = fxprune.apply(model, plan)             # removes what is near zero
 
+    The defaults are the paper's, of a training of 100,000 updates until `done`; for a short run:
+    ``delta=0.02, every=1``, 50 updates.
+
     Penalised are the parameters' slices, those that read a channel too. `state_dict` holds what
     resuming needs. `model` may be wrapped in DistributedDataParallel. `add_grad`, `loss`, `prox`
     and `attach` are those of `fxprune.SparsityPenalty`; `prox` divides by ``1 + lr * s``.

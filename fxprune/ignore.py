@@ -110,6 +110,11 @@ def check_patterns(analysis: Analysis, rates: Mapping[str, float], option: str =
     """Raise `OptionError` for a pattern of an option that matches no layer with channels."""
     names = {name for group in analysis.groups for name in layer_names(group)}
     for pattern in rates:
+        if not isinstance(pattern, str):
+            raise OptionError(
+                f"{option} holds a pattern that is a {type(pattern).__name__}",
+                hint='name patterns of layers, as in {"layer1.*": 4}',
+            )
         found = any(fnmatch.fnmatchcase(name, pattern) for name in names)
         _must_match(found, f"{option} pattern `{pattern}`", pattern, names)
 

@@ -40,6 +40,7 @@ from .watch import silent
 Schedule = Literal["linear", "geometric"] | Callable[[float], float]
 _READ_BY = ("mixing", "scatter", "heads")
 _AS_IT_IS = "train the network that was handed out, and leave its layers as they are"
+_AS_BEFORE = "give the options of the loop that start is from; or iterate without start"
 _OPTIONS = "rate, criterion, scope, ... as in fxprune.prune; dumps are of single prunings"
 
 
@@ -76,7 +77,8 @@ def iterate(
         frontend: as in `fxprune.prune`.
         strict: as in `fxprune.prune`.
         start: a network that an earlier loop handed out, trained or loaded since: the loop goes on
-            with the steps after it. `model` is the original, as in that loop.
+            with the steps after it. `model` is the original, and options are of the same kind, a
+            rate or a target of the same things, as in that loop.
         data: as in `fxprune.prune`: at every step, criteria ask it of the trained network.
         loss: as in `fxprune.prune`.
         compensate: as in `fxprune.prune`: each network is fitted to the trained one before it.
@@ -108,7 +110,9 @@ def iterate(
     if any(_asked(a) > _asked(b) for a, b in pairwise(rates)):
         raise OptionError("schedule falls", hint="channels that went do not come back")
     if start is not None:
-        done = _asked(_plan_of(start, analysis))
+        begun = _plan_of(start, analysis)
+        _check_start(begun, chosen)
+        done = _asked(begun)
         rates = [at for at in rates if _asked(at) > done + 1e-9]
     fits = check_compensate(compensate)
     known = batches(data, device_of(model)) if fits or chosen.found.needs else None
@@ -155,6 +159,27 @@ def _plan_of(start: Any, analysis: Analysis) -> Plan:
         )
     plan.check_fits(analysis.tensors)
     return plan
+
+
+def _check_start(begun: Plan, chosen: Settings) -> None:
+    """Raise `OptionError` where the start was made by another kind of request: how far it is on the
+    way to this one cannot be told, as rates cannot be compared with targets."""
+    for kind, amount in begun.target.items():
+        if kind == "latency_ms" or amount > 1:
+            raise OptionError(f"start was made for {amount:g} {kind}, no share", hint=_AS_BEFORE)
+    before, now = _request(begun.target), _request(chosen.target or {})
+    if before != now:
+        raise OptionError(f"start was made {before}, not {now}", hint=_AS_BEFORE)
+    for name in _READ_BY:
+        own, wanted = getattr(begun, name), getattr(chosen, name)
+        if own != wanted:
+            raise OptionError(
+                f"start was made with {name}={own!r}, not {wanted!r}", hint=_AS_BEFORE
+            )
+
+
+def _request(target: Mapping[str, float]) -> str:
+    return f"for {' and '.join(sorted(target))}" if target else "by a rate"
 
 
 def _steps(

@@ -27,8 +27,9 @@ from .errors import OptionError, PlanError
 from .inputs import batched
 from .latencies import _settings
 from .latency_grid import Entry, Grid
+from .latency_network import network_of
 from .latency_wholes import dtype_of, whole_times
-from .progress import Progress, unseen
+from .progress import Progress, shown
 from .timings import Timings, default_folder, environment
 
 
@@ -44,6 +45,8 @@ class LatencyTable:
     ``alone_ms``     what the ops of networks at a few widths take, each measured alone; ascending
     ``whole_ms``     what these networks take, the last of which is the unpruned one
     ``unmeasured``   nodes that cannot be run alone; whole networks cover them
+    ``network``      a hash of ops, widths and the size of inputs, without the batch: networks that
+                     share it share a table
     """
 
     environment: Mapping[str, Any]
@@ -54,6 +57,7 @@ class LatencyTable:
     alone_ms: tuple[float, ...] = ()
     whole_ms: tuple[float, ...] = ()
     unmeasured: tuple[str, ...] = ()
+    network: str = ""
 
     @classmethod
     def measure(
@@ -65,7 +69,7 @@ class LatencyTable:
         points: int = 4,
         budget_s: float | None = None,
         cache: str | Path | None = None,
-        progress: Progress | None = None,
+        progress: Progress | bool | None = None,
         threads: int | None = None,
     ) -> LatencyTable:
         """Measure the ops of an analysed network, best while the machine does nothing else: what is
@@ -73,14 +77,16 @@ class LatencyTable:
 
         Args:
             device: where to measure; by default where the model is.
-            batch: the batch size; by default that of the analysis' example inputs.
+            batch: the batch size; by default that of the analysis' example inputs. A pruning for
+                inputs of another batch size takes the table, and its report says so.
             points: how many widths along each axis, in equal steps up to all channels; the least
                 possible one is added.
             budget_s: about how many seconds to measure for; every call is made a few times, however
                 long that takes. By default about 0.04 s a call.
             cache: folder of the times already known; by default ``FXPRUNE_CACHE``, or
                 ``~/.cache/fxprune``. Calls that are known are not measured again.
-            progress: called with what is measured and the share that is done.
+            progress: True for a bar on stderr, or a function, which is called with what is measured
+                and the share that is done.
             threads: of torch, while measuring; by default as many as it has.
 
         Raises `OptionError` for a network of which only a record exists, and for values that
@@ -90,12 +96,25 @@ class LatencyTable:
         analysis = _at_batch(analysis, batch)
         where = usable_device(device) if device is not None else _device(analysis)
         folder = Path(cache) if cache is not None else default_folder()
-        with _settings({"": analysis.model}, threads):
+        with shown(progress) as seen, _settings({"": analysis.model}, threads):
             timings = Timings(where, environment(where, dtype_of(analysis)), folder)
             try:
-                return _measured(analysis, timings, points, budget_s, progress or unseen)
+                return _measured(analysis, timings, points, budget_s, seen)
             finally:
                 timings.save()  # what is known need not be measured again, whatever happened
+
+    def check_fits(self, analysis: Analysis) -> None:
+        """Raise `OptionError` if the table is of another network than the analysed one. Tables in
+        files of older versions do not say of which they are; their ids must be there at least."""
+        same = self.network in ("", network_of(analysis))
+        if not same or self.count != analysis.flow.ids.count:
+            raise OptionError(
+                f"the latency_table is of another network than {type(analysis.model).__name__} "
+                f"on {analysis.inputs.describe()}",
+                details=[("table", str(self))],
+                hint="measure one with the same example inputs, batch and options: "
+                "fxprune.LatencyTable.measure(fxprune.analyze(model, x))",
+            )
 
     def ms(self, kept: Tensor | None = None) -> float:
         """Milliseconds of a call with only the ids in the mask `kept`; of the unpruned network
@@ -165,6 +184,8 @@ class LatencyTable:
             for name in ("alone_ms", "whole_ms"):
                 data[name] = tuple(map(float, data[name]))
             table = cls(**{**data, "unmeasured": tuple(data["unmeasured"])})
+            if not isinstance(table.network, str):
+                raise ValueError("the name of the network is no text")
             _check_sound(table)
             return table
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -184,7 +205,13 @@ def _measured(
     size, axes = analysis.flow.ids.count, tuple(grid.axes)
     missed = tuple(grid.unmeasured)
     table = LatencyTable(
-        timings.environment, analysis.batch, size, axes, entries, unmeasured=missed
+        timings.environment,
+        analysis.batch,
+        size,
+        axes,
+        entries,
+        unmeasured=missed,
+        network=network_of(analysis),
     )
     alone, whole = _rising([(table.parts_ms(mask), ms) for mask, ms in found])
     return replace(table, alone_ms=alone, whole_ms=whole)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,19 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from .check import check_model, check_share, clone, tensors_of
+from .check import check_model, check_share, check_tensors, clone, tensors_of
 from .criteria import CriterionLike
 from .curves import Sensitivity
 from .damage import Damage, Loss, Metric, Point, Question, as_batch
 from .engines import Engine, answers, check_engine, one_thread
-from .errors import OptionError, nearest
+from .errors import InputError, OptionError, nearest
 from .files import write_text
 from .frontends import Frontend
 from .ignore import by_name
+from .progress import Progress, shown
+from .told import bytes_of, told
 from .trees import leaves
 
-Progress = Callable[[str, float], None]
 _OPTIONS = (
     *("only", "ignore", "reduce", "min_channels", "max_rate", "round_to"),
     *("mixing", "scatter", "heads"),
@@ -43,7 +44,7 @@ def sensitivity(
     criterion: CriterionLike = "l2",
     workers: int = 1,
     engine: Engine = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     cache: str | os.PathLike[str] | None = None,
     frontend: Frontend | None = None,
     strict: bool = False,
@@ -61,30 +62,36 @@ def sensitivity(
             a tuple of one or of three and more (two are written ``((a, b), None)``).
         example_inputs: as in `fxprune.prune`; the first batch's inputs if missing.
         loss: a function of the network's output and a batch's target that gives a scalar, averaged
-            over the samples. By default cross entropy where targets are whole numbers of shape [N]
-            and outputs are [N, classes]; else the mean squared difference to the unpruned
-            network's own outputs.
+            over the samples. By default as in `fxprune.prune`, cross entropy for classes and the
+            squared error for targets shaped as the output; where there are no such targets, the
+            mean squared difference to the unpruned network's own outputs.
         metric: in its place, a function of a network and `data`, which can be anything then, that
             gives a number: the larger, the better, as accuracy is.
         rates: shares of a group's channels, in (0, 1).
-        criterion: which channels go first, as in `fxprune.prune`.
+        criterion: which channels go first, as in `fxprune.prune`: one of weights, as `data` are for
+            the loss alone and `fisher` and others would rank by them.
         workers: how many processes share the work; each gets the model and the data once. What is
             found is the same, to the last bit.
         engine: "ray" for its tasks, or an object with a `map` as the executors of
             `concurrent.futures` have, in the place of processes.
-        progress: called with what was tried and the share that is done.
-        cache: a JSON file for what is known already, so that a run that was stopped goes on.
+        progress: True for a bar on stderr, or a function, which is called with what was tried and
+            the share that is done.
+        cache: a JSON file for what is known already, so that a run that was stopped goes on. That
+            of another network, other data or other options is refused; functions are told apart by
+            their code and what it closes over, not by what other modules do when they call them.
         frontend: as in `fxprune.prune`.
         strict: as in `fxprune.prune`.
         options: only, ignore, reduce, min_channels, max_rate, round_to, mixing, scatter and heads,
             as in `fxprune.prune`.
 
     Raises what `fxprune.prune` raises; `OptionError` for data, options or a cache that do not fit,
-    and for what cannot be sent to another process; `ModelError` where the unpruned network's own
-    loss is no finite number.
+    and for what cannot be sent to another process; `InputError` for a batch that the network does
+    not run on; `ModelError` where the unpruned network's own loss is no finite number.
     """
     check_model(model)
     check_engine(engine, workers)
+    if cache is not None and not isinstance(cache, (str, os.PathLike)):
+        raise OptionError(f"cache is a {type(cache).__name__}", hint="the name of a JSON file")
     asked = Question(
         clone(model).eval(),
         _kept(data, loss, metric),
@@ -97,11 +104,11 @@ def sensitivity(
     )
     if example_inputs is None and metric is None:
         asked = _with_example(asked)
-    with one_thread():
+    with shown(progress) as seen, one_thread():
         damage = Damage(asked)
         points = damage.points(_checked(rates))
         known = _known(damage, cache)
-        _try(damage, points, known, workers, engine, progress or _unseen)
+        _try(damage, points, known, workers, engine, seen)
     return _found(damage, points, known)
 
 
@@ -151,10 +158,6 @@ def _together(damage: Damage, groups: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _unseen(what: str, share: float) -> None:
-    """Progress that no one looks at."""
-
-
 # -- what is asked ---------------------------------------------------------------------------------
 
 
@@ -162,7 +165,8 @@ def _kept(data: Any, loss: Any, metric: Any) -> Any:
     """The batches, which are gone through many times; what a metric reads is its own."""
     for name, given in (("loss", loss), ("metric", metric)):
         if given is not None and not callable(given):
-            raise OptionError(f"{name} is a {type(given).__name__}, and no function")
+            hint = "a function of (output, target)" if name == "loss" else "of (network, data)"
+            raise OptionError(f"{name} is a {type(given).__name__}, and no function", hint=hint)
     if metric is not None:
         if loss is not None:
             raise OptionError("loss and metric are both given", hint="one of them is measured")
@@ -174,9 +178,34 @@ def _kept(data: Any, loss: Any, metric: Any) -> Any:
     batches = list(data)
     if not batches:
         raise OptionError("data has no batches", hint="a few hundred samples say much already")
+    _check_batches(data, batches)
     if loss is not None and any(as_batch(batch)[1] is None for batch in batches):
         raise OptionError("a batch has no target for loss=", hint="batches are (inputs, target)")
     return batches
+
+
+def _check_batches(data: Any, batches: list[Any]) -> None:
+    """Raise for what is no series of batches, or holds one that says nothing."""
+    for number, batch in enumerate(batches):
+        check_tensors(batch)
+        first = next((t for t in leaves(as_batch(batch)[0], Tensor) if t.ndim), None)
+        if first is not None and not len(first):
+            hint = "batches of one item at least; a DataLoader's sampler may give none"
+            raise InputError(f"batch {number} of data holds no items", hint=hint)
+    if isinstance(data, (tuple, list)) and len(data) == 2 and _is_pair(data):
+        raise OptionError(
+            "data is a pair of tensors that differ, and no series of batches",
+            hint="one batch is data=[(X, Y)]",
+        )
+
+
+def _is_pair(data: Any) -> bool:
+    """Whether these are inputs and targets. Two batches are alike, pictures up to their size."""
+    if not all(isinstance(each, Tensor) for each in data):
+        return False
+    one, other = data
+    alike = one.dtype == other.dtype and one.ndim == other.ndim
+    return not alike or (isinstance(data, tuple) and one.shape[1:] != other.shape[1:])
 
 
 def _with_example(asked: Question) -> Question:
@@ -201,7 +230,7 @@ def _checked(rates: Any) -> list[float]:
         raise OptionError(f"rates={rates!r} is no series of rates", hint="rates=(0.25, 0.5)")
     found = list(rates)
     for rate in found:
-        check_share("rates", rate)
+        check_share("rates", rate, hint="shares above 0 and below 1, as in rates=(0.25, 0.5)")
     if not found or min(found) <= 0:
         raise OptionError(f"rates={rates!r} must hold shares above 0", hint="rates=(0.25, 0.5)")
     return sorted({float(rate) for rate in found})
@@ -260,26 +289,9 @@ def _fingerprint(asked: Question) -> str:
     """Equal for runs whose losses are the same. Of what a metric reads, only tensors are seen."""
     found = hashlib.sha256()
     for name, tensor in tensors_of(asked.model).items():
-        found.update(f"{name} {tuple(tensor.shape)}".encode() + _bytes(tensor))
+        found.update(f"{name} {tuple(tensor.shape)}".encode() + bytes_of(tensor))
     for tensor in leaves(asked.data, Tensor):
-        found.update(str(tuple(tensor.shape)).encode() + _bytes(tensor))
+        found.update(str(tuple(tensor.shape)).encode() + bytes_of(tensor))
     how = (asked.options, asked.loss, asked.metric, asked.frontend, type(asked.model))
-    found.update(_told(how).encode())
+    found.update(told(how).encode())
     return found.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
-
-
-def _told(value: Any) -> str:
-    """A text for an option that is the same in every run: functions by name, not by address."""
-    if isinstance(value, Mapping):
-        return str([(key, _told(value[key])) for key in sorted(value)])
-    if isinstance(value, (tuple, list)):
-        return str([_told(each) for each in value])
-    if callable(value):
-        named = value if hasattr(value, "__qualname__") else type(value)
-        return f"{named.__module__}.{named.__qualname__}"
-    return repr(value)

@@ -23,7 +23,8 @@ CLOSE = 0.01  # a budget is met where the cost is that near, and not above
 @dataclass(frozen=True)
 class Reached:
     """One target, what the network cost before, and what it costs now; ``note`` says why it is not
-    nearer, where it is off by more than one percent."""
+    nearer, where it is off by more than one percent, and of which batch times are, where it is
+    another one than the example inputs'."""
 
     kind: str
     target: float
@@ -71,21 +72,33 @@ def check_target(target: Any) -> dict[str, float]:
 @dataclass
 class Budget:
     """Targets as amounts, and the costs they are of. ``tightened``: what to aim at, where
-    something behind the selection changes costs too."""
+    something behind the selection changes costs too. ``batch``: that of the example inputs."""
 
     targets: dict[str, float]
     costs: Costs
     aims: dict[str, float] = field(default_factory=dict)
     table: LatencyTable | None = None
+    batch: int = 0
 
     def reached(self, costs: Mapping[str, float], notes: Mapping[str, str]) -> list[Reached]:
         found = []
         for kind, target in self.targets.items():
             amounts = (target, self.costs.dense[kind], costs[kind])
+            note = notes.get(kind, "")
             if kind == "latency_ms" and self.table is not None:  # what ops take alone
                 amounts = tuple(map(self.table.whole_of, amounts))  # type: ignore[assignment]
-            found.append(Reached(kind, *amounts, notes.get(kind, "")))
+                note = "; ".join(filter(None, [note, self._batches()]))
+            found.append(Reached(kind, *amounts, note))
         return found
+
+    def _batches(self) -> str:
+        """Says so where times are of another batch than that of the example inputs."""
+        of = self.table.batch if self.table is not None else self.batch
+        return (
+            f"times are of batch {of}, the example inputs of {self.batch}"
+            if of != self.batch
+            else ""
+        )
 
 
 def budget(
@@ -94,6 +107,7 @@ def budget(
     """The budget of a network; `table` tells what ops take, where time is limited."""
     known: dict[str, Callable[[Analysis], Iterable[Term]]] = dict(TERMS)
     if table is not None:
+        _check_table(table, analysis)
         known["latency_ms"] = table.terms
     costs = Costs(analysis, {kind: list(known[kind](analysis)) for kind in target})
     amounts = {}
@@ -102,4 +116,15 @@ def budget(
             amounts[kind] = table.parts_of(amount)
         else:
             amounts[kind] = amount * costs.dense[kind] if amount <= 1 else amount
-    return Budget(amounts, costs, dict(amounts), table)
+    return Budget(amounts, costs, dict(amounts), table, analysis.batch)
+
+
+def _check_table(table: Any, analysis: Analysis) -> None:
+    from .latency_table import LatencyTable
+
+    if not isinstance(table, LatencyTable):
+        raise OptionError(
+            f"latency_table is a {type(table).__name__}",
+            hint="pass what fxprune.LatencyTable.measure or LatencyTable.from_json gave",
+        )
+    table.check_fits(analysis)

@@ -244,3 +244,191 @@ def test_errors():
         fxprune.finetune(net(), [(x, y)], teacher=nn.Linear(6, 5))
     with pytest.raises(OptionError, match="schedule"):
         fxprune.finetune(net(), [(x, y)], schedule="linear")
+
+
+# -- what is handed in -----------------------------------------------------------------------------
+
+
+A = torch.randn(8, 6, generator=torch.Generator().manual_seed(2))
+B = torch.arange(8) % 3
+
+
+def refused(kind, says: str, batches, **options):
+    """The error, of a network that was not trained."""
+    model = net()
+    before = copy.deepcopy(model)
+    with pytest.raises(kind, match=says) as caught:
+        fxprune.finetune(model, batches, **options)
+    params = zip(model.parameters(), before.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in params) and caught.value.hint
+    return caught.value
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_class_numbers_of_any_kind(dtype):
+    one, other = net(), net()
+    expected = fxprune.finetune(one, [(A, B)], steps=2, teacher=net())
+    found = fxprune.finetune(other, [(A, B.to(dtype))], steps=2, teacher=net())
+    assert found.losses == expected.losses and equal(one, other)
+
+
+def test_an_item_may_be_left_out():
+    losses = [
+        fxprune.finetune(net(), [(A, torch.cat([B[:7], torch.tensor([left])]))]).losses
+        for left in (-100, 0)
+    ]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        ((A, B + 1), "class number 3"),
+        ((A, B - 1), "class number -1"),
+        ((A[:, :5], B), "does not run on the batch of step 1"),
+        ((A.long(), B), "does not run on the batch of step 1"),
+        ((A.double(), B), "does not run on the batch of step 1"),
+        (({"z": A}, B), "does not run on the batch of step 1"),
+        (((A, A), B), "does not run on the batch of step 1"),
+        ((A.numpy(), B), "ndarray"),
+        ((A, B.numpy()), "ndarray"),
+        ((A, B[:4]), "no usual loss"),
+        ((A, torch.eye(3)[B].long()), "no usual loss"),
+        ((A[:0], B[:0]), "holds no items"),
+        ((A, None), "no usual loss"),
+    ],
+)
+def test_batches_that_do_not_fit_are_named(batch, says):
+    refused((InputError, OptionError), says, [batch])
+
+
+def test_a_teacher_that_takes_other_inputs_is_named():
+    refused(InputError, "the teacher does not run", [(A, B)], teacher=nn.Linear(5, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"optimizer": "adam"}, "optimizer is a str"),
+        ({"optimizer": lambda params: None}, "optimizer gives None"),
+        ({"optimizer": torch.optim.LBFGS}, "LBFGS"),
+        ({"loss": "ce"}, "loss is a str"),
+        (
+            {"loss": lambda o, t: F.cross_entropy(o, t, reduction="none")},
+            r"loss gives float32 \[8\]",
+        ),
+        ({"loss": lambda o, t: 1.0}, "loss gives float"),
+        ({"loss": lambda o, t: None}, "loss gives None"),
+        ({"loss": lambda o, t: F.cross_entropy(o.detach(), t)}, "depends on no parameter"),
+        (
+            {"loss": lambda o, t: nn.CrossEntropyLoss()(o, t + 9)},
+            "loss fails on outputs of float32",
+        ),
+        ({"loss": lambda o: o.mean()}, "loss fails on outputs of float32"),
+        ({"optimizer": lambda: None}, "optimizer fails"),
+        ({"seed": "a"}, "seed='a'"),
+        ({"seed": 1.5}, "seed=1.5"),
+        ({"progress": 3}, "no way to show progress"),
+        ({"checkpoint": 3}, "checkpoint is a int"),
+    ],
+)
+def test_options_that_cannot_be_used(options, says):
+    refused(OptionError, says, [(A, B)], **options)
+
+
+def test_a_wrong_share_of_the_teacher_says_what_it_is():
+    assert "teacher" in refused(OptionError, "alpha=-1", [(A, B)], alpha=-1).hint
+
+
+def test_a_loss_of_one_number_in_a_row_is_taken():
+    loss = lambda o, t: F.cross_entropy(o, t).reshape(1)  # noqa: E731
+    one, other = net(), net()
+    fxprune.finetune(one, [(A, B)], loss=loss)
+    fxprune.finetune(other, [(A, B)])
+    assert equal(one, other)
+
+
+def test_progress_is_shown_as_in_prune():
+    whole = net()
+    fxprune.finetune(whole, [(A, B)], steps=3)
+    for progress in (True, False):
+        model = net()
+        assert fxprune.finetune(model, [(A, B)], steps=3, progress=progress).steps == 3
+        assert equal(model, whole)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_gradients_are_on_for_the_time(without):
+    whole, model = net(), net()
+    fxprune.finetune(whole, [(A, B)], steps=3, teacher=net())
+    with without():
+        batch = (A.clone(), B.clone())  # inference tensors, which backward refuses
+        fxprune.finetune(model, [batch], steps=3, teacher=net())
+        assert not torch.is_grad_enabled()
+    assert equal(model, whole)
+
+
+def test_parameters_made_without_gradients_are_refused():
+    with torch.inference_mode():
+        model = net()
+        with pytest.raises(ModelError, match="inference_mode") as caught:
+            fxprune.finetune(model, [(A, B)])
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["nodir/run.pt", "file/run.pt", "."])
+def test_a_checkpoint_that_cannot_be_written_is_noticed_at_the_start(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    steps = []
+    with pytest.raises(SaveError, match="cannot be") as caught:
+        fxprune.finetune(
+            net(), [(A, B)], checkpoint=tmp_path / name, progress=lambda *each: steps.append(each)
+        )
+    assert not steps and caught.value.hint
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def other_head() -> nn.Module:
+    torch.manual_seed(1)
+    model = Net()
+    model.b = nn.Linear(16, 4)
+    return model
+
+
+class Longer(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize("other", [other_head, Longer])
+def test_a_refused_checkpoint_changes_nothing(other, tmp_path):
+    file = tmp_path / "run.pt"
+    fxprune.finetune(net(), data(), checkpoint=file)
+    model = other()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    before, state = copy.deepcopy(model), copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(SaveError, match="does not fit"):
+        fxprune.finetune(model, data(), checkpoint=file, optimizer=optimizer)
+    assert equal(model, before) and optimizer.state_dict() == state
+
+
+def test_a_checkpoint_of_another_optimizer_changes_nothing(tmp_path):
+    file = tmp_path / "run.pt"
+    fxprune.finetune(net(), data(), checkpoint=file)
+    model = other_head()
+    model.b = nn.Linear(16, 3)
+    before = copy.deepcopy(model)
+    optimizer = torch.optim.SGD([model.a.weight], lr=0.01)
+    with pytest.raises(SaveError, match="does not fit"):
+        fxprune.finetune(model, data(), checkpoint=file, optimizer=optimizer)
+    assert equal(model, before)
+
+
+def test_other_things_than_a_model_or_data_are_named():
+    with pytest.raises(ModelError, match="not str") as caught:
+        fxprune.finetune("net", [(A, B)])
+    assert caught.value.hint
+    refused(InputError, "data is a int", 3, steps=2)
+    refused(InputError, "data is a NoneType", None)
+    assert "data=[(X, Y)]" in refused(InputError, "no pair", (A, B)).hint

@@ -127,3 +127,13 @@ def test_errors():
         fxprune.GrowingPenalty(model, plan, every=0)
     with pytest.raises(OptionError, match="no state"):
         fxprune.GrowingPenalty(model, plan).load_state_dict({"count": 1})
+
+
+def test_the_strength_of_a_short_run_is_there_after_fifty_updates():
+    model = model_of(Plain)
+    plan = fxprune.plan(fxprune.analyze(model, X), rate=0.5)
+    penalty = fxprune.GrowingPenalty(model, plan, delta=0.02, every=1)
+    for _ in range(49):
+        assert not penalty.done
+        penalty.step()
+    assert penalty.done and "delta=0.02, every=1" in fxprune.GrowingPenalty.__doc__

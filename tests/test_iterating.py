@@ -189,6 +189,40 @@ def test_a_loop_goes_on_where_an_earlier_one_was(tmp_path):
         fxprune.iterate(model, X, start=model)
 
 
+def first(**options):
+    return next(fxprune.iterate(Net().eval(), X, steps=3, **options))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        ({"target": {"macs": 0.4}}, {"rate": 0.3}, "start was made for macs, not by a rate"),
+        ({"rate": 0.3}, {"target": {"macs": 0.4}}, "start was made by a rate, not for macs"),
+        ({"target": {"macs": 0.4}}, {"target": {"params": 0.4}}, "made for macs, not for params"),
+        ({"target": {"macs": 0.4}}, {"target": {"macs": 0.4, "params": 0.5}}, "not for macs and"),
+    ],
+)
+def test_a_start_by_another_kind_of_request_is_refused(before, after, says):
+    start = first(**before)
+    with pytest.raises(OptionError, match=says) as caught:
+        fxprune.iterate(Net().eval(), X, steps=3, start=start, **after)
+    assert "apply" in caught.value.hint or "options" in caught.value.hint
+    assert len(list(fxprune.iterate(Net().eval(), X, steps=3, start=start, **before))) == 2
+
+
+def test_a_start_by_an_amount_is_refused():
+    start = fxprune.prune(Net().eval(), X, target={"macs": 20_000})
+    with pytest.raises(OptionError, match="start was made for 20000 macs"):
+        fxprune.iterate(Net().eval(), X, target={"macs": 0.4}, start=start)
+
+
+@pytest.mark.parametrize("option", [{"scatter": True}, {"heads": "whole"}, {"mixing": "all"}])
+def test_a_start_by_another_analysis_is_refused(option):
+    start = first(rate=0.3, **option)
+    with pytest.raises(OptionError, match=f"start was made with {next(iter(option))}="):
+        fxprune.iterate(Net().eval(), X, rate=0.3, steps=3, start=start)
+
+
 def test_errors_come_with_the_call():
     with pytest.raises(OptionError, match="steps"):
         fxprune.iterate(Net(), X, steps=0)

@@ -639,6 +639,77 @@ def test_what_a_call_changes_in_place_does_not_fade_away(monkeypatch, tmp_path):
     assert seen and not any(0 < most < 1e-30 for most in seen)
 
 
+# -- for other networks ----------------------------------------------------------------------------
+
+
+class Square(nn.Module):
+    def __init__(self, wide: int = 8, stride: int = 1):
+        super().__init__()
+        self.a, self.b, self.c = _conv(3, wide, stride=stride), _conv(wide, wide), _conv(wide, 4)
+
+    def forward(self, x):
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+def _for_latency(model, x, table):
+    return fxprune.prune(model, x, target={"latency_ms": 0.9 * table.ms()}, latency_table=table)
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [(Square(16), X), (Square(4), X), (Square(stride=2), X), (Square(), torch.randn(2, 3, 8, 8))],
+)
+def test_a_table_of_another_network_is_refused(model, x, clock, tmp_path):
+    table = _table(fxprune.analyze(Square(), X), tmp_path)
+    for each in (table, LatencyTable.from_json(table.to_json())):
+        with pytest.raises(OptionError, match="of another network") as caught:
+            _for_latency(model, x, each)
+        assert "LatencyTable.measure" in caught.value.hint
+
+
+def test_a_table_of_a_network_with_more_ids_is_refused_where_it_does_not_say_its_network(
+    clock, tmp_path
+):
+    data = json.loads(_table(fxprune.analyze(Square(16), X), tmp_path).to_json())
+    del data["network"]
+    table = LatencyTable.from_json(json.dumps(data))
+    with pytest.raises(OptionError, match="of another network"):
+        _for_latency(Square(), X, table)
+    assert _for_latency(Square(16), X, table).fxprune.report.targets[0].met
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_table_of_other_weights_or_of_a_copy_is_taken(network, clock, tmp_path):
+    table = _table(fxprune.analyze(network(), X), tmp_path)
+    for model in (network(), nn.Sequential(network()), network().double()):
+        x = X.to(next(model.parameters()).dtype)
+        pruned = _for_latency(model, x, table)
+        assert not pruned.fxprune.report.targets[0].note.startswith("times are of batch")
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_table_of_another_batch_says_so(network, clock, tmp_path):
+    analysis = fxprune.analyze(network(), X)
+    table = _table(analysis, tmp_path, batch=5)
+    report = _for_latency(network(), X, table).fxprune.report
+    assert "times are of batch 5, the example inputs of 2" in str(report)
+    five = fxprune.analyze(network(), torch.randn(5, 3, 6, 6))
+    assert _table(five, tmp_path).network == table.network == _table(analysis, tmp_path).network
+
+
+def test_what_is_no_table_is_named():
+    with pytest.raises(OptionError, match="latency_table is a str") as caught:
+        fxprune.prune(Square(), X, target={"latency_ms": 1.0}, latency_table="x")
+    assert "LatencyTable.measure" in caught.value.hint
+
+
+def test_progress_is_shown_as_in_prune(clock, tmp_path, capsys):
+    analysis = fxprune.analyze(Square(), X)
+    assert _table(analysis, tmp_path, progress=True) == _table(analysis, tmp_path, progress=False)
+    with pytest.raises(OptionError, match="no way to show progress"):
+        _table(analysis, tmp_path, progress=3)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_real_measurement_on_a_gpu(tmp_path):
     table = _table(fxprune.analyze(Chain(), X), tmp_path, device="cuda", budget_s=2)

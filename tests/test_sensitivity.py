@@ -4,12 +4,17 @@ computed."""
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import itertools
 import json
 import math
+import os
+import re
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +22,15 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxprune
-from fxprune.errors import CriterionError, ModelError, NothingToPrune, OptionError, PlanError
+from fxprune.errors import (
+    CriterionError,
+    InputError,
+    ModelError,
+    NothingToPrune,
+    OptionError,
+    PlanError,
+)
+from fxprune.told import told
 
 
 class Plain(nn.Module):
@@ -281,6 +294,114 @@ def test_a_cache_of_something_else_is_refused(plain, tmp_path):
         fxprune.sensitivity(plain, images(), cache=path)
 
 
+class Squares:
+    """A loss with attributes of its own."""
+
+    def __init__(self, power: float):
+        self.power, self.note = power, lambda: 0
+
+    def __call__(self, output, target):
+        return (output.mean(1) - target).abs().pow(self.power).mean()
+
+
+def closure(factor):
+    def loss(output, target):
+        return squared(output, target) * factor
+
+    return loss
+
+
+def powered(output, target, power=2):
+    return (output[:, 0] - target).abs().pow(power).mean()
+
+
+def keeps_first(group):
+    return -torch.arange(len(group)).float()
+
+
+SCALE = 1.0
+
+
+def scaled(output, target):
+    return squared(output, target) * SCALE
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda o, t: o.mean(), lambda o, t: o.std()),
+        (lambda o, t: (o[:, 0] - 1).mean(), lambda o, t: (o[:, 0] - 2).mean()),
+        (lambda o, t: (lambda x: x + 1)(o.mean()), lambda o, t: (lambda x: x + 2)(o.mean())),
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(label_smoothing=0.9)),
+        (
+            nn.CrossEntropyLoss(weight=torch.ones(4)),
+            nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 1.0, 1.0])),
+        ),
+        (closure(1.0), closure(2.0)),
+        (closure(torch.ones(1)), closure(torch.zeros(1))),
+        (functools.partial(powered, power=2), functools.partial(powered, power=3)),
+        (functools.partial(powered, power=2), functools.partial(scaled, power=2)),
+        (Squares(1.0), Squares(2.0)),
+        (Squares(1.0).__call__, Squares(2.0).__call__),
+    ],
+)
+def test_losses_that_differ_are_told_apart(one, other):
+    assert told(one) == told(copy.deepcopy(one)) != told(other)
+
+
+def test_defaults_and_globals_of_functions_are_told(monkeypatch):
+    before = told(powered), told(scaled)
+    monkeypatch.setattr(powered, "__defaults__", (3,))
+    monkeypatch.setitem(globals(), "SCALE", 2.0)
+    assert not {told(powered), told(scaled)} & {*before}
+
+
+def test_what_leads_back_to_itself_is_told():
+    loss = Squares(1.0)
+    loss.own = [loss]
+    assert told(loss) == told(loss)
+
+
+TOLD = """
+import sys
+sys.path.insert(0, {tests!r})
+import functools, torch
+from test_sensitivity import Squares, closure, powered, told
+from torch import nn
+print(told([Squares(2.0), closure({{"b", "a"}}), functools.partial(powered, power=3), nn.MSELoss,
+            lambda o, t: o in {{"x", "y", "z"}}, object(), torch.relu, nn.CrossEntropyLoss()]))
+"""
+
+
+def test_what_is_told_is_the_same_in_every_run():
+    tests = Path(__file__).parent
+    code = TOLD.format(tests=str(tests))
+    found = set()
+    for seed in ("1", "2"):
+        paths = os.pathsep.join([str(tests.parent), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1 and "0x" not in found.pop()
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (dict(loss=nn.CrossEntropyLoss()), dict(loss=nn.CrossEntropyLoss(label_smoothing=0.9))),
+        (dict(metric=lambda m, d: accuracy(m, d)), dict(metric=lambda m, d: -accuracy(m, d))),
+        (dict(criterion=keeps_first), dict(criterion=lambda g: torch.arange(len(g)).float())),
+    ],
+)
+def test_a_cache_of_another_loss_is_refused(plain, tmp_path, one, other):
+    path = tmp_path / "cache.json"
+    fxprune.sensitivity(plain, images(), rates=(0.5,), cache=path, **one)
+    fxprune.sensitivity(plain, images(), rates=(0.5,), cache=path, **one)
+    with pytest.raises(OptionError, match="of another network, other data or other options"):
+        fxprune.sensitivity(plain, images(), rates=(0.5,), cache=path, **other)
+
+
 # -- what it gives ---------------------------------------------------------------------------------
 
 
@@ -366,3 +487,99 @@ def test_other_errors(plain):
         fxprune.sensitivity(nn.Conv2d(3, 4, 1), [torch.rand(2, 3, 4, 4)])
     with pytest.raises(CriterionError, match="gave nan"):
         fxprune.sensitivity(plain, images(), criterion=lambda g: torch.full((len(g),), math.nan))
+
+
+X, Y = images(1)[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "says", "hint"),
+    [
+        ([(X, Y), (X[:, :2], Y)], "does not run on batch 1 of data", "as in example_inputs"),
+        ([(X, Y), (X.long(), Y)], "does not run on batch 1 of data", "as in example_inputs"),
+        ([(X, Y + 4)], "class number", "from 0 to 3"),
+        ([(X, Y - 3)], "class number", "from 0 to 3"),
+        ((X, Y), "data is a pair of tensors", r"data=\[\(X, Y\)\]"),
+        ([X, Y], "data is a pair of tensors", r"data=\[\(X, Y\)\]"),
+        ([(X, Y), (X[:0], Y[:0])], "batch 1 of data holds no items", "batches"),
+        ([(X[:0], Y[:0])], "batch 0 of data holds no items", "batches"),
+        ([(X.numpy(), Y)], "ndarray", "tensor"),
+        ([(X, Y.numpy())], "ndarray", "tensor"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(plain, data, says, hint):
+    with pytest.raises((InputError, OptionError), match=says) as caught:
+        fxprune.sensitivity(plain, data, X, rates=(0.5,))
+    assert re.search(hint, caught.value.hint)
+
+
+def test_a_tuple_of_batches_is_taken(plain):
+    one = fxprune.sensitivity(plain, [X, X + 1], rates=(0.5,))
+    assert fxprune.sensitivity(plain, (X, X + 1), rates=(0.5,)) == one
+    assert fxprune.sensitivity(plain, ((X, Y), (X, Y)), rates=(0.5,)).base > 0
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        (dict(metric=lambda m, d: None), "metric gives None"),
+        (dict(metric=lambda m, d: torch.ones(2)), r"metric gives float32 \[2\]"),
+        (dict(loss=lambda o, t: None), "loss gives None"),
+        (dict(loss=lambda o, t: o.mean(1)), r"loss gives float32 \[4\]"),
+        (dict(loss=lambda o, t: F.cross_entropy(o, t + 9)), "loss fails on outputs of float32"),
+        (dict(metric=lambda m: 1.0), "metric fails"),
+        (dict(cache=3), "cache is a int"),
+        (dict(progress=3), "no way to show progress"),
+        (dict(min_channels={3: 4}), "min_channels holds a pattern that is a int"),
+        (dict(max_rate={nn.Linear: 0.5}), "max_rate holds a pattern that is a type"),
+        (dict(criterion="fisher"), "criterion `fisher` needs data"),
+        (dict(criterion="apoz"), "criterion `apoz` needs data"),
+    ],
+)
+def test_what_gives_no_number_or_cannot_rank_is_refused(plain, how, says):
+    with pytest.raises(OptionError, match=says) as caught:
+        fxprune.sensitivity(plain, images(), rates=(0.5,), **how)
+    assert caught.value.hint
+
+
+def test_progress_is_shown_as_in_prune(plain, found):
+    assert fxprune.sensitivity(plain, images(), progress=True) == found
+    assert fxprune.sensitivity(plain, images(), progress=False) == found
+
+
+def test_a_rate_of_one_says_what_rates_are(plain):
+    with pytest.raises(OptionError, match=r"rates=1.0 is outside") as caught:
+        fxprune.sensitivity(plain, images(), rates=(1.0,))
+    assert "below 1" in caught.value.hint and "half" not in caught.value.hint
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8])
+def test_class_numbers_of_any_kind_are_the_same(plain, found, dtype):
+    assert fxprune.sensitivity(plain, [(x, y.to(dtype)) for x, y in images()]) == found
+
+
+def test_targets_shaped_as_the_output_are_compared_as_in_prune(plain):
+    data = [(x, torch.rand(len(x), 4)) for x, _ in images()]
+    found = fxprune.sensitivity(plain, data, rates=(0.5,))
+    with torch.no_grad():
+        gaps = torch.cat([plain(x) - y for x, y in data])
+        small = masked(plain, "first", "second", 0.5)
+        after = torch.cat([small(x) - y for x, y in data])
+    assert found.base == pytest.approx(float(gaps.square().mean()), rel=1e-5)
+    (_, lost), *_ = found.groups["first"]
+    assert lost == pytest.approx(float(after.square().mean()) - found.base, abs=1e-6)
+
+
+def test_classes_of_every_pixel_are_compared_by_cross_entropy():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    y = torch.randint(0, 4, (4, 6, 6))
+    found = fxprune.sensitivity(model, [(X, y)], rates=(0.5,))
+    with torch.no_grad():
+        assert found.base == pytest.approx(float(F.cross_entropy(model(X), y)), rel=1e-5)
+
+
+def test_no_change_is_a_plain_zero():
+    assert "25% 0" in str(made(a=[(0.25, 0.0)])) and "50% 0" in str(made(a=[(0.5, -0.0)]))
+    metric = made(a=[(0.25, 0.0)]).model_copy(update={"measure": "metric"})
+    assert "-0" not in str(metric)
