@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from .criteria import criterion
     from .curves import Sensitivity
     from .errors import FxpruneError
-    from .finetuning import History, finetune
+    from .finetuning import finetune
     from .group_lasso import GroupLasso
     from .growing import GrowingPenalty
+    from .history import History
     from .iterating import iterate
     from .latencies import Latency, latency
     from .latency_table import LatencyTable
@@ -35,7 +36,7 @@ _HOMES = {
     "FxpruneError": "errors",
     "GroupLasso": "group_lasso",
     "GrowingPenalty": "growing",
-    "History": "finetuning",
+    "History": "history",
     "Latency": "latencies",
     "LatencyTable": "latency_table",
     "Plan": "plans",

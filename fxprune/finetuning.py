@@ -7,12 +7,11 @@ import inspect
 import math
 import numbers
 import os
-import pickle
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,32 +28,17 @@ from .check import (
     device_of,
     usable_device,
 )
+from .checkpoints import Checkpoint
 from .distilling import Loss, distance, lost, said, task_loss
 from .errors import FxpruneError, InputError, ModelError, OptionError, SaveError, first_line
-from .files import write_whole
+from .history import History, Place, in_order, seeded
 from .inputs import Inputs
-from .penalties import attached, check_number
+from .penalties import check_number
 from .progress import shown
 from .trees import leaves
 
 Progress = Callable[[int, int, float], Any]
 Makes = Callable[[Iterable[nn.Parameter]], Optimizer]
-
-
-@dataclass
-class History:
-    """What a training was: the loss of each step, and the seconds it took, over all runs of it."""
-
-    losses: list[float] = field(default_factory=list)
-    seconds: float = 0.0
-
-    @property
-    def steps(self) -> int:
-        return len(self.losses)
-
-    def __repr__(self) -> str:
-        last = f", the last loss {self.losses[-1]:.4g}" if self.losses else ""
-        return f"<History of {self.steps:,} steps in {self.seconds:.1f} s{last}>"
 
 
 @torch.inference_mode(False)
@@ -144,8 +128,8 @@ def finetune(
     )
     about = {"total": total, "seed": seed, "schedule": str(schedule), "alpha": alpha}
     about |= {"temperature": temperature, "lr": run.rates, "teacher": teacher is not None}
-    file = _Checkpoint(path, every, about) if path is not None else None
-    with _seen(progress) as seen, _random(seed, where), _modes(model, teacher):
+    file = Checkpoint(path, every, about) if path is not None else None
+    with _seen(progress) as seen, seeded(seed, where), _modes(model, teacher):
         return _train(run, data, total, _FACTORS[schedule], seed, seen, file)
 
 
@@ -156,13 +140,13 @@ def _train(
     factor: Callable[[float], float],
     seed: int,
     progress: Progress,
-    file: _Checkpoint | None,
+    file: Checkpoint | None,
 ) -> History:
     """Go through the data until all steps are made."""
-    at = file.load(run) if file is not None else _Place()
+    at = file.load(run) if file is not None else Place()
     history, began = at.history, time.perf_counter() - at.history.seconds
     try:
-        for batch in _batches(data, at, total, seed, run.device):
+        for batch in in_order(data, at, total, seed, run.device):
             run.set_rate(factor(history.steps / total))
             history.losses.append(run.step(batch, history.steps))
             history.seconds = time.perf_counter() - began
@@ -319,77 +303,6 @@ def _from(makes: Any, params: list[nn.Parameter]) -> Optimizer:
     return found
 
 
-# -- the order of batches --------------------------------------------------------------------------
-
-
-@dataclass
-class _Place:
-    """Where in the data a run is, and the random numbers to go on with."""
-
-    epoch: int = 0
-    batch: int = 0
-    history: History = field(default_factory=History)
-    random: list[Tensor] | None = None
-
-
-def _batches(
-    data: Iterable[Any], at: _Place, total: int, seed: int, device: torch.device
-) -> Iterator[Any]:
-    """Batches of the steps that are left, each epoch in an order of its own seed."""
-    while at.history.steps < total:
-        _seed_order(data, seed + at.epoch)
-        skip, given = at.batch, 0
-        for batch in data:
-            given += 1
-            if given < skip:
-                continue
-            if given == skip:  # only now: what was skipped drew some; and before the next one does
-                _set_random(at.random or [], device)
-                continue
-            at.batch = given
-            yield batch
-            if at.history.steps >= total:
-                return
-        if given == 0 or given < skip:
-            raise InputError(
-                f"data gave {given} batches in epoch {at.epoch + 1}",
-                hint="data that can be gone through again: a DataLoader or a list, no generator",
-            )
-        at.epoch, at.batch, at.random = at.epoch + 1, 0, None
-
-
-def _seed_order(data: Any, seed: int) -> None:
-    torch.manual_seed(seed)
-    for holder in (data, getattr(data, "sampler", None)):
-        generator = getattr(holder, "generator", None)
-        if isinstance(generator, torch.Generator):
-            generator.manual_seed(seed)
-    set_epoch = getattr(getattr(data, "sampler", None), "set_epoch", None)
-    if callable(set_epoch):  # of a DistributedSampler
-        set_epoch(seed)
-
-
-@contextmanager
-def _random(seed: int, device: torch.device) -> Iterator[None]:
-    cards = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cards):
-        torch.manual_seed(seed)
-        yield
-
-
-def _get_random(device: torch.device) -> list[Tensor]:
-    cards = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *cards]
-
-
-def _set_random(states: list[Tensor], device: torch.device) -> None:
-    if not states:
-        return
-    torch.set_rng_state(states[0])
-    if device.type == "cuda" and len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
-
-
 @contextmanager
 def _modes(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
     """Training mode for a model that has none, eval for the teacher; as they were afterwards."""
@@ -404,96 +317,6 @@ def _modes(model: nn.Module, teacher: nn.Module | None) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-# -- a run on disk ---------------------------------------------------------------------------------
-
-
-_ANEW = "name another file, or delete this one to begin anew"
-_BROKEN = (RuntimeError, ValueError, KeyError, TypeError, AttributeError)
-
-
-@dataclass
-class _Checkpoint:
-    """The file that holds a run: weights, the optimizer's state, random numbers, and the place."""
-
-    path: Path
-    every: int
-    about: dict[str, Any]
-
-    def save(self, run: _Run, at: _Place) -> None:
-        state = {
-            "fxprune": "finetune",
-            "about": self.about,
-            "model": run.model.state_dict(),
-            "optimizer": run.optimizer.state_dict(),
-            "penalties": [penalty.state_dict() for penalty in attached(run.optimizer)],
-            "random": _get_random(run.device),
-            "place": [at.epoch, at.batch],
-            "losses": torch.tensor(at.history.losses, dtype=torch.float64),
-            "seconds": at.history.seconds,
-        }
-        write_whole(self.path, lambda made: torch.save(state, made))
-
-    def load(self, run: _Run) -> _Place:
-        """Put what the file holds into the run; the beginning where there is no file."""
-        if not self.path.exists():
-            return _Place()
-        state = self._read()
-        holders: list[Any] = [run.optimizer, *attached(run.optimizer)]
-        before = [holder.state_dict() for holder in holders]
-        try:
-            history = History(state["losses"].tolist(), state["seconds"])
-            epoch, batch = state["place"]
-            place = _Place(epoch, batch, history, state["random"])
-            _check_tensors(state["model"], run.model.state_dict())
-            _put(holders, [state["optimizer"], *state["penalties"]])
-            run.model.load_state_dict(state["model"])  # last: weights are written over
-            return place
-        except (OptionError, *_BROKEN) as error:
-            _put(holders, before)
-            raise SaveError(
-                f"{self.path} does not fit this model and optimizer",
-                details=[("why", first_line(error))],
-                hint="delete the file to begin anew",
-            ) from None
-
-    def _read(self) -> dict[str, Any]:
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.PickleError) as error:
-            raise SaveError(
-                f"{self.path} cannot be read", details=[("why", first_line(error))], hint=_ANEW
-            ) from None
-        if not isinstance(state, dict) or state.get("fxprune") != "finetune":
-            raise SaveError(f"{self.path} is no checkpoint of fxprune.finetune", hint=_ANEW)
-        theirs = state.get("about", {})
-        wrong = [key for key, value in self.about.items() if theirs.get(key) != value]
-        if wrong:
-            raise SaveError(
-                f"{self.path} is of another run: {wrong[0]} was {theirs.get(wrong[0])}, "
-                f"and is {self.about[wrong[0]]}",
-                hint="call finetune as before, or delete the file to begin anew",
-            )
-        return state
-
-
-def _check_tensors(stored: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise `ValueError` where a file's weights are not those of a model: putting them in would
-    stop at the first that does not fit, with the others changed."""
-    missing = [*(own.keys() - stored.keys()), *(stored.keys() - own.keys())]
-    if missing:
-        where = "the file" if min(missing) in own else "the model"
-        raise ValueError(f"{min(missing)} is not in {where}")
-    for name, tensor in own.items():
-        shapes = [list(getattr(each, "shape", ())) for each in (stored[name], tensor)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{name} is {shapes[0]} in the file, and {shapes[1]} in the model")
-
-
-def _put(holders: list[Any], states: list[Any]) -> None:
-    for holder, state in zip(holders, states, strict=True):
-        holder.load_state_dict(state)
 
 
 # -- options ---------------------------------------------------------------------------------------
