@@ -585,3 +585,20 @@ def test_wrong_options(options, fault):
     with pytest.raises(FxpruneError, match=fault):
         fxprune.prune(fxprune.models.resnet20(), torch.zeros(1, 3, 32, 32), **options)
     assert issubclass(OptionError, FxpruneError)
+
+
+@pytest.mark.parametrize("rows", [24, 48, 60])
+@pytest.mark.parametrize("size", [1, 16, 100])
+def test_few_rows_do_no_harm(rows, size):
+    """Where rows are about as many as columns, a plain fit is off by many times the output."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 64), nn.Tanh(), nn.Linear(64, 20)).eval()
+    model[0].weight.data *= 3  # so that no unit can stand in for another
+    x, fresh = torch.randn(rows, 200), torch.randn(1000, 200)
+
+    def error(**how) -> float:
+        pruned = fxprune.prune(model, x[:2], criterion="l2", rate=0.25, **how)
+        with torch.no_grad():
+            return float((pruned(fresh) - model(fresh)).square().mean())
+
+    assert error(data=list(x.split(size)), compensate=True) < 1.1 * error()
