@@ -104,7 +104,7 @@ class Task:
 
     def laid_out(self, what: Any) -> Any:
         """Pictures, and networks that take them, with channels innermost, which is faster here.
-        Others as they are: convolutions of 64 x 1 give wrong numbers then (torch 2.15, oneDNN)."""
+        Others as they are: convolutions of 64 x 1 give wrong numbers then (torch 2.14, oneDNN)."""
         pictures = self.example.ndim == 4
         return what.to(memory_format=torch.channels_last) if pictures else what
 

@@ -53,7 +53,8 @@ def batches(data: Any, device: torch.device | None = None) -> list[Batch]:
     whole = isinstance(data, (Tensor, str, Mapping)) or not isinstance(data, Iterable)
     if whole:
         raise InputError(f"data is a {type(data).__name__}", hint=_KINDS)
-    found = list(_read(data, device))
+    with torch.random.fork_rng(devices=[]):  # a shuffling loader draws; the caller's numbers stay
+        found = list(_read(data, device))
     if not found:
         raise InputError("data holds no batch", hint=_KINDS)
     return found

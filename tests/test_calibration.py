@@ -415,6 +415,14 @@ def test_wrong_data(options, fault, hint):
     assert hint in str(error.value)
 
 
+def test_a_shuffling_loader_leaves_the_callers_random_numbers_alone():
+    x, y = sample()
+    loader = DataLoader(TensorDataset(x, y), 4, shuffle=True)
+    before = torch.get_rng_state()
+    fxprune.prune(net(), x[:2], criterion="fisher", data=loader, compensate=True)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_criterion_that_needs_data_says_so_without():
     with pytest.raises(CriterionError, match="needs data"):
         analysis = fxprune.analyze(net(), sample(2)[0])
