@@ -21,7 +21,7 @@ from .costs import Costs
 _ROUNDS, _HALVINGS, _FILLS, _TRIES = 8, 30, 60, 12
 _STEPS = ((256, 6, 20), (1024, 2, 2), (math.inf, 1, 0))  # levels in all, tried, exchanges
 _NEAR = 0.99  # of a target
-_TRACE = 1e-6
+_TRACE = 1e-6  # of the largest loss
 
 Move = tuple[float, float, list[int]]  # share of the targets, minus the loss, levels
 

@@ -9,26 +9,25 @@ sums over items, so that the ranks of a process group add theirs up and choose t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .analysis import Analysis
 from .batches import Batch, arguments, batches
 from .check import clone, device_of
-from .errors import FxpruneError, InputError, ModelError, OptionError, first_line
+from .distilling import Loss, lost, task_loss
+from .errors import InputError, ModelError, OptionError, first_line
 from .groups import Group
 from .ids import Layer, Value
 from .linear import Linear, linear
 from .progress import Progress
 
-Loss = Callable[[Any, Any], Tensor]
 _ROWS = 65536  # of a batch, at most, that go into a Gram matrix
 _WIDEST = 4096  # places that get one
 
@@ -263,7 +262,7 @@ class _Watched(fx.Interpreter):
             output.register_hook(seen)
 
     def _backward(self, output: Any, target: Any) -> None:
-        loss = self._loss_of(output, target)
+        loss = lost(self.loss, output, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             kind = list(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise OptionError(
@@ -281,17 +280,6 @@ class _Watched(fx.Interpreter):
                 self.found.gradients[name] = known + gradient.double().cpu() * self.size
         if self.gates:
             self._add_gates(found)
-
-    def _loss_of(self, output: Any, target: Any) -> Any:
-        try:
-            return self.loss(output, target)
-        except FxpruneError:
-            raise
-        except Exception as error:  # a user's function may raise anything
-            raise OptionError(
-                f"the loss fails on a batch of data: {first_line(error)}",
-                hint="loss= is a function of (output, target) that gives a mean over items",
-            ) from error
 
     def _add_gates(self, found: Sequence[Tensor | None]) -> None:
         slopes = torch.zeros(self.size, self.channels, dtype=torch.float64)
@@ -396,14 +384,7 @@ def default_loss(output: Any, target: Any) -> Tensor:
             hint="data of pairs (inputs, target), one batch is data=[(X, Y)]; or loss=a function "
             "of (output, None)",
         )
-    if isinstance(target, Tensor) and not target.is_floating_point() and output.ndim > 1:
-        return F.cross_entropy(output, target.long())
-    if isinstance(target, Tensor) and target.shape == output.shape:
-        return F.mse_loss(output, target)
-    raise OptionError(
-        f"no usual loss fits an output of {list(output.shape)} and these targets",
-        hint="pass loss=a function of (output, target)",
-    )
+    return task_loss(output, target)
 
 
 def _first_tensor(output: Any) -> Tensor:

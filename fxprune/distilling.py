@@ -1,4 +1,4 @@
-"""The losses of fine-tuning: that of the task, and how far outputs are from a teacher's."""
+"""Losses: the usual one of a task, and how far outputs are from a teacher's."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def check_target(target: Any) -> dict[str, float]:
 
 @dataclass
 class Budget:
-    """Targets as amounts, and the costs they are of. ``tightened``: what to aim at, where
+    """Targets as amounts, and the costs they are of. ``aims``: what to aim at, where
     something behind the selection changes costs too. ``batch``: that of the example inputs."""
 
     targets: dict[str, float]

@@ -396,16 +396,21 @@ def spoiled(value: float) -> torch.Tensor:
             "example_inputs",
         ),
         ({"criterion": "apoz", "data": [spoiled(1e200)]}, "not finite", "too large"),
+        (
+            {"criterion": "fisher", "data": batched(4), "loss": lambda o, t: o.missing},
+            "loss fails .*missing",
+            "outputs",
+        ),
         ({"criterion": "fisher", "data": batched(4), "loss": "ce"}, "loss is a str", "function"),
         (
             {"criterion": "fisher", "data": [(sample()[0], torch.full((12,), 7))]},
-            "loss fails .* out of bounds",
-            "mean over items",
+            "class number 7",
+            "0 to 2",
         ),
         (
             {"criterion": "fisher", "data": [(sample()[0], torch.zeros(12, 1).long())]},
-            "loss fails",
-            "",
+            "no usual loss",
+            "loss=",
         ),
     ],
 )
